@@ -1,0 +1,1 @@
+"""Chatloom: an RLHF pipeline as one reproducible, tracked DAG."""

