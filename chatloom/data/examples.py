@@ -1,0 +1,31 @@
+"""Training sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from chatloom.data.prepared import PreparedRow
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence; `loss_mask` is True on the tokens to be predicted."""
+
+    input_ids: list[int]
+    loss_mask: list[bool]
+
+    @classmethod
+    def of_response(cls, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Example:
+        """Only the response counts."""
+        return cls([*prompt_ids, *response_ids], [False] * len(prompt_ids) + [True] * len(response_ids))
+
+    @classmethod
+    def of_row(cls, row: PreparedRow) -> Example:
+        """A row with its best response; earlier assistant turns count too."""
+        response = row.response_ids[0]
+        return cls([*row.prompt_ids, *response], [*row.prompt_loss_mask, *([True] * len(response))])
+
+    @property
+    def num_predicted(self) -> int:
+        return sum(self.loss_mask)

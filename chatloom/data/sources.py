@@ -1,0 +1,317 @@
+"""Where rows come from: files of several kinds, downloads, `datasets`. Every reader streams (line, fields).
+
+What is wrong with one row is a `RowFault` in its place; what is wrong with a file is an `InputError` that names it.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from chatloom.config import DataSource
+from chatloom.data.drops import RowFault
+from chatloom.data.schemas import Fields
+from chatloom.errors import InputError
+from chatloom.files import atomic_file
+from chatloom.progress import progress
+
+Item = tuple[int, Fields | RowFault]
+"""Line (or row) number from 1, and what stands there."""
+DOWNLOAD_TIMEOUT = httpx.Timeout(30.0, read=120.0)
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a source, or a whole `datasets` split."""
+
+    name: str
+    """How rows name it as their origin."""
+    path: Path | None
+    """None for a `datasets` split."""
+    read: Callable[[], Iterator[Item]]
+
+    @property
+    def is_text(self) -> bool:
+        return self.path is not None and _kind(self.path) == ".txt"
+
+
+def locate(source: DataSource, key: str, downloads: Path) -> tuple[list[SourceFile], list[str]]:
+    """The files of `source`, and the names of those in its folder that are no data.
+
+    `key` is the place in `params.yaml`, for messages; `downloads` holds what a `url` gives.
+
+    Raises:
+        InputError: where there is none, or its kind is not known.
+    """
+    if source.hf is not None:
+        return [_hf_split(source.hf, f"{key}.hf = {source.hf!r}")], []
+    if source.url is not None:
+        path = download(source.url, str(source.sha256), downloads, f"{key}.url = {source.url!r}")
+        return [_source_file(path, source.url)], []
+    paths, skipped = _matches(str(source.path), f"{key}.path = {source.path!r}")
+    return [_source_file(path, str(path)) for path in paths], skipped
+
+
+def _matches(pattern: str, where: str) -> tuple[list[Path], list[str]]:
+    pattern = os.path.expandvars(pattern)
+    if "$" in pattern:
+        raise InputError(f"{where}: an environment variable in it is not set; set it, or write the path out")
+    path = Path(pattern)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file())
+        found = [file for file in files if _kind(file) in _READERS and not file.name.startswith(".")]
+        if not found:
+            raise InputError(f"{where}: the folder has no file that ends with {_SUFFIXES}")
+        return found, [file.name for file in files if file not in found]
+    if path.is_file():
+        return [path], []
+    # Not Path.glob, which refuses an absolute pattern.
+    matches = glob.glob(pattern, recursive=True)  # noqa: PTH207
+    found = sorted(path for path in map(Path, matches) if path.is_file())
+    if not found:
+        what = "no file matches" if glob.has_magic(pattern) else "no such file or folder"
+        raise InputError(f"{where}: {what} (looked from {Path.cwd()})")
+    return found, []
+
+
+def _source_file(path: Path, name: str) -> SourceFile:
+    kind = _kind(path)
+    if kind not in _READERS:
+        raise InputError(f"{name}: unknown kind of file; accepted: {_SUFFIXES}")
+    return SourceFile(name, path, lambda: _READERS[kind](path, name))
+
+
+def _kind(path: Path) -> str:
+    """Suffix without `.gz`."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
+
+
+def _read_whole(path: Path, name: str) -> bytes:
+    with _open(path) as file:
+        try:
+            return file.read()
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise InputError(f"{name}: not a valid gzip file: {error}") from error
+
+
+def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
+    """Numbered lines with their line ends; a byte order mark is left out."""
+    with _open(path) as file:
+        number = 0
+        while True:
+            try:
+                raw = file.readline()
+                number += 1
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                raise InputError(f"{name}: not a valid gzip file: {error}") from error
+            except UnicodeDecodeError as error:
+                raise InputError(f"{name}:{number}: not valid UTF-8: {error.reason}; save the file as UTF-8") from error
+            if not raw:
+                return
+            yield number, line
+
+
+# --- readers --------------------------------------------------------------------------------------------------------
+
+
+def _read_jsonl(path: Path, name: str) -> Iterator[Item]:
+    for number, line in _lines(path, name):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line.rstrip("\r\n"))  # or the column would be counted from the line's end
+        except json.JSONDecodeError as error:
+            yield number, RowFault("broken_json", f"not valid JSON: {error.msg} at column {error.colno}")
+            continue
+        yield number, _object(value)
+
+
+def _read_json(path: Path, name: str) -> Iterator[Item]:
+    """A list of objects; objects one a line, as the Hub's `.json` files have them, are read as `.jsonl`."""
+    try:
+        text = _read_whole(path, name).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{name}:{line}: not valid UTF-8: {error.reason}; save the file as UTF-8") from error
+    start = _skip_space(text, 0)
+    if text.startswith("{", start):
+        yield from _read_jsonl(path, name)
+        return
+    if not text.startswith("[", start):
+        raise InputError(f"{name}:{text.count(chr(10), 0, start) + 1}: expected a JSON list of objects")
+    yield from _list_items(text, start + 1, name)
+
+
+def _list_items(text: str, position: int, name: str) -> Iterator[Item]:
+    """Objects of the list whose inside begins at `position`, each with the line it begins on."""
+    decoder = json.JSONDecoder()
+    line, counted = 1, 0
+    position = _skip_space(text, position)
+    first = True
+    while not (first and text.startswith("]", position)):
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            value, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{name}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from error
+        yield line, _object(value)
+        first = False
+        end = _skip_space(text, end)
+        if text.startswith("]", end):
+            break
+        if not text.startswith(",", end):
+            at = text.count("\n", 0, end) + 1
+            raise InputError(f"{name}:{at}: not valid JSON: expected a comma or the end of the list")
+        position = _skip_space(text, end + 1)
+
+
+def _skip_space(text: str, position: int) -> int:
+    found = _NOT_SPACE.search(text, position)
+    return found.start() if found else len(text)
+
+
+_NOT_SPACE = re.compile(r"[^ \t\r\n]")
+
+
+def _object(value: object) -> Fields | RowFault:
+    return value if isinstance(value, dict) else RowFault("not_an_object", "expected a JSON object")
+
+
+def _read_csv(path: Path, name: str) -> Iterator[Item]:
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader((line for _, line in _lines(path, name)), strict=True)
+    try:
+        header = next(reader, None)
+        if header is None:
+            raise InputError(f"{name}: empty; expected a line of column names")
+        columns = [column.strip() for column in header]
+        line = reader.line_num + 1  # a quoted cell may span lines: a row is named by its first
+        for cells in reader:
+            if len(cells) == len(columns):
+                yield line, dict(zip(columns, cells, strict=True))
+            elif cells:
+                yield line, RowFault("wrong_columns", f"{len(cells)} cells, expected {len(columns)}")
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{name}:{reader.line_num}: not valid CSV: {error}") from error
+
+
+def _read_text(path: Path, name: str) -> Iterator[Item]:
+    for number, line in _lines(path, name):
+        if line.strip():
+            yield number, {"text": line.rstrip("\r\n")}
+
+
+def _read_parquet(path: Path, name: str) -> Iterator[Item]:
+    compressed = path.name.lower().endswith(".gz")
+    file: Any = io.BytesIO(_read_whole(path, name)) if compressed else path
+    try:
+        number = 0
+        for batch in pq.ParquetFile(file).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{name}: not a valid Parquet file: {error}") from error
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[Item]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".txt": _read_text,
+}
+_SUFFIXES = f"{', '.join(_READERS)} (each also with .gz)"
+
+
+# --- elsewhere ------------------------------------------------------------------------------------------------------
+
+
+def download(url: str, sha256: str, folder: Path, where: str) -> Path:
+    """The file at `url`, in `folder`; one that is there already and has the checksum is not fetched again.
+
+    `where` names the params key and its value.
+
+    Raises:
+        InputError: where it cannot be had, or its checksum is another.
+    """
+    path = folder / sha256[:16] / (PurePosixPath(urlsplit(url).path).name or "download")
+    if path.is_file() and file_sha256(path) == sha256:
+        return path
+    with atomic_file(path) as temporary:
+        try:
+            _fetch(url, temporary)
+        except httpx.HTTPStatusError as error:
+            raise InputError(f"{where}: the server answered {error.response.status_code}") from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise InputError(f"{where}: cannot be downloaded: {error or type(error).__name__}") from error
+        found = file_sha256(temporary)
+        if found != sha256:
+            raise InputError(
+                f"{where}: the download has sha256 {found}, params.yaml says {sha256}; the file has changed, "
+                "or the checksum is of another one: look at it before you correct the checksum"
+            )
+    return path
+
+
+def _fetch(url: str, path: Path) -> None:
+    # The file as it is stored: a compressed transfer of it would have another checksum.
+    headers = {"Accept-Encoding": "identity"}
+    with (
+        httpx.stream("GET", url, headers=headers, follow_redirects=True, timeout=DOWNLOAD_TIMEOUT) as response,
+        path.open("wb") as file,
+    ):
+        response.raise_for_status()
+        total = int(response.headers.get("content-length", 0))
+        with progress(f"download {path.name.strip('.').removesuffix('.writing')}", total) as advance:
+            for chunk in response.iter_raw(CHUNK):
+                file.write(chunk)
+                advance(len(chunk))
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hf_split(name: str, where: str) -> SourceFile:
+    dataset, colon, split = name.rpartition(":")
+    if not colon or not dataset or not split:
+        raise InputError(f"{where}: name the split after a colon, for example {name.strip(':')}:train")
+    return SourceFile(name, None, lambda: _read_hf(dataset, split, where))
+
+
+def _read_hf(dataset: str, split: str, where: str) -> Iterator[Item]:
+    # Seconds to import, and only this kind of source needs it.
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        # Streamed: no second copy in the cache of `datasets`.
+        yield from enumerate(datasets.load_dataset(dataset, split=split, streaming=True), start=1)
+    except (DatasetsError, OSError, ValueError) as error:
+        raise InputError(f"{where}: `datasets` cannot load it: {error}") from error
