@@ -1,0 +1,66 @@
+"""Reward models on disk: the trunk or its adapter, the head, and gain and bias with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from chatloom.config import Lora
+from chatloom.device import Device
+from chatloom.errors import InputError
+from chatloom.files import write_json
+from chatloom.models.adapters import Role, adapter_parameters, add_adapter, load_adapter_state
+from chatloom.models.checkpoint import load_on, save_causal_lm
+from chatloom.models.head import ScalarHead
+
+ADAPTER = "reward"
+DESCRIPTION = "reward_model.json"
+
+
+def save_reward_model(folder: Path, role: Role, lora: Lora | None, source: Path) -> None:
+    """Write a reward model.
+
+    Args:
+        lora: of the adapter; None where the whole trunk was trained.
+        source: the SFT checkpoint it started from, whose tokenizer it shares.
+    """
+    assert role.head is not None
+    save_file(
+        {name: tensor.contiguous() for name, tensor in role.head.state_dict().items()}, folder / "head.safetensors"
+    )
+    if lora is None:
+        save_causal_lm(folder, role.model, source)
+    else:
+        state = {name: p.detach().contiguous() for name, p in adapter_parameters(role.model, ADAPTER).items()}
+        save_file(state, folder / "adapter.safetensors")
+    write_json(folder / DESCRIPTION, {"lora": lora.model_dump() if lora else None})
+
+
+def load_reward_model(
+    folder: Path, device: Device, backbone: Any | None = None, sft: Path | None = None
+) -> tuple[Role, Lora | None]:
+    """Read a reward model for scoring, and the shape of its adapter if it is one.
+
+    Args:
+        backbone: a causal LM already in memory with the SFT weights, which a LoRA reward model then shares.
+        sft: the SFT checkpoint, loaded where a LoRA reward model comes without a `backbone`.
+    """
+    file = folder / DESCRIPTION
+    if not file.is_file():
+        raise InputError(f"{file}: no reward model; run the stage train_reward first")
+    saved = json.loads(file.read_text(encoding="utf-8"))["lora"]
+    lora = Lora(**saved) if saved else None
+    if lora is None:
+        model, adapter = load_on(folder, device).model, None
+    else:
+        assert backbone is not None or sft is not None, "a LoRA reward model needs its SFT backbone"
+        model = backbone if backbone is not None else load_on(sft, device).model  # type: ignore[arg-type]
+        add_adapter(model, ADAPTER, lora, seed=0)
+        load_adapter_state(model, ADAPTER, load_file(folder / "adapter.safetensors"))
+        adapter = ADAPTER
+    head = ScalarHead(model.config.hidden_size)
+    head.load_state_dict(load_file(folder / "head.safetensors"))
+    return Role(model, adapter, head.to(device.device)), lora

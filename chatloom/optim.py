@@ -1,0 +1,99 @@
+"""AdamW with float32 master weights, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from chatloom.config import Optimizer
+from chatloom.errors import InputError
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    parameters: list[nn.Parameter]
+    lr: float
+
+
+class MasterAdamW:
+    """AdamW on float32 copies of parameters of any precision (Micikevicius 2017).
+
+    A bfloat16 weight has 8 bits: an update of 1e-5 of it would round away. So each parameter's gradient is added to a
+    float32 gradient as soon as the backward pass made it (which also makes accumulation exact to float32 rounding),
+    the step is taken there, and the result is rounded back.
+    """
+
+    def __init__(self, groups: Iterable[ParameterGroup], params: Optimizer) -> None:
+        self.params = params
+        self._pairs: list[tuple[nn.Parameter, Tensor]] = []
+        master_groups = []
+        for group in groups:
+            masters = [self._master(parameter) for parameter in group.parameters]
+            master_groups.append({"params": masters, "lr": group.lr, "initial_lr": group.lr})
+        assert self._pairs, "nothing to train"
+        self.adamw = torch.optim.AdamW(
+            master_groups, betas=(0.9, 0.95), eps=params.adam_eps, weight_decay=params.weight_decay, fused=True
+        )
+
+    def _master(self, parameter: nn.Parameter) -> Tensor:
+        master = parameter.detach().to(torch.float32, copy=True)
+        master.grad = torch.zeros_like(master)
+
+        def move_gradient(parameter: Tensor, master: Tensor = master) -> None:
+            assert parameter.grad is not None
+            assert master.grad is not None
+            master.grad.add_(parameter.grad)
+            parameter.grad = None
+
+        parameter.register_post_accumulate_grad_hook(move_gradient)
+        self._pairs.append((parameter, master))
+        return master
+
+    @torch.no_grad()
+    def step(self, lr_factor: float) -> float:
+        """Clip the gradient's norm, take one step at `lr_factor` times the base rates; the norm before clipping.
+
+        Raises:
+            FloatingPointError: where a gradient is not finite; no weight has changed then.
+        """
+        masters = [master for _, master in self._pairs]
+        norm = torch.nn.utils.clip_grad_norm_(masters, self.params.max_grad_norm)
+        if not math.isfinite(float(norm)):
+            raise FloatingPointError(f"gradient norm is {float(norm)}")
+        for group in self.adamw.param_groups:
+            group["lr"] = group["initial_lr"] * lr_factor
+        self.adamw.step()
+        for parameter, master in self._pairs:
+            parameter.copy_(master)
+            assert master.grad is not None
+            master.grad.zero_()
+        return float(norm)
+
+
+def lr_factor(step: int, num_steps: int, params: Optimizer) -> float:
+    """Share of the base learning rate at `step` (from 0): linear warm-up, then constant, linear to 0 or cosine to 0."""
+    if step < params.warmup_steps:
+        return (step + 1) / (params.warmup_steps + 1)
+    if params.schedule == "constant":
+        return 1.0
+    done = (step - params.warmup_steps) / max(num_steps - params.warmup_steps, 1)
+    return 1.0 - done if params.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def require_finite(loss: Tensor, stage: str, step: int) -> float:
+    """`loss` as a number.
+
+    Raises:
+        InputError: where it is NaN or infinite, before any weight is touched.
+    """
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise InputError(
+            f"{stage}: the loss is {value} at step {step}; lower {stage}.optimizer.lr, or look at the rows of that step"
+            f" (no weight was changed by it, nothing was written)"
+        )
+    return value
