@@ -1,0 +1,123 @@
+"""Rollout and experience: what one PPO step learns from. B batch, R longest response."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from chatloom.batches import chunks
+from chatloom.config import TrainPpoParams
+from chatloom.data.examples import Example
+from chatloom.models.adapters import use_adapter
+from chatloom.models.generation import Sampling, generate
+from chatloom.packing import pack
+from chatloom.ppo import kl
+from chatloom.ppo.advantages import gae, token_rewards
+from chatloom.ppo.roles import Roles
+from chatloom.tensors import lengths_mask, masked_mean, whiten
+
+
+@dataclass(frozen=True)
+class Rollout:
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    """Generated tokens, the stop token included."""
+    stopped: list[bool]
+    """Whether a response ended with a stop token, and not at the length limit."""
+
+    @property
+    def examples(self) -> list[Example]:
+        return [Example.of_response(p, r) for p, r in zip(self.prompts, self.responses, strict=True)]
+
+
+@dataclass(frozen=True)
+class Experience:
+    examples: list[Example]
+    response_mask: Tensor
+    """(B, R) True = generated token, stop token included"""
+    old_logprobs: Tensor
+    """(B, R)"""
+    ref_logprobs: Tensor
+    """(B, R)"""
+    kl: Tensor
+    """(B, R) old_logprobs - ref_logprobs"""
+    values: Tensor
+    """(B, R)"""
+    scores: Tensor
+    """(B) of the reward model, without penalties"""
+    penalties: Tensor
+    """(B) taken from the scores of responses without a stop token"""
+    advantages: Tensor
+    """(B, R) whitened over the whole rollout"""
+    returns: Tensor
+    """(B, R)"""
+
+    def metrics(self) -> dict[str, float]:
+        lengths = self.response_mask.sum(1).float()
+        k3 = kl.k3(self.old_logprobs, self.ref_logprobs)
+        rewards = self.scores - self.penalties
+        error = masked_mean((self.returns - self.values) ** 2, self.response_mask)
+        spread = masked_mean((self.returns - masked_mean(self.returns, self.response_mask)) ** 2, self.response_mask)
+        return {
+            "objective/score": float(self.scores.mean()),
+            "objective/score_with_penalty": float(rewards.mean()),
+            "objective/kl": float(self.kl.sum(1).mean()),
+            "objective/kl_k3": float((k3 * self.response_mask).sum(1).mean()),
+            "objective/response_tokens": float(lengths.mean()),
+            "objective/stopped": float((self.penalties == 0).float().mean()),
+            "value/explained_variance": float(1 - error / spread.clamp_min(1e-8)),
+        }
+
+
+def roll_out(roles: Roles, prompts: Sequence[list[int]], params: TrainPpoParams, generator: torch.Generator) -> Rollout:
+    """Sample one response a prompt from the policy, with no warp but the temperature that logprobs use too."""
+    use_adapter(roles.policy.model, roles.policy.adapter)
+    responses = generate(
+        roles.policy.model,
+        prompts,
+        Sampling(params.max_new_tokens, params.temperature),
+        stop_ids=roles.chat.stop_ids,
+        pad_id=roles.chat.pad_id,
+        generator=generator,
+        batch_size=params.generation_batch,
+    )
+    stopped = [response[-1] in roles.chat.stop_ids for response in responses]
+    return Rollout(list(prompts), responses, stopped)
+
+
+@torch.no_grad()
+def make_experience(roles: Roles, rollout: Rollout, params: TrainPpoParams, kl_coef: float) -> Experience:
+    """Score the rollout with every role and turn it into advantages."""
+    device = roles.chat.device
+    old, ref, values, scores = [], [], [], []
+    for examples in chunks(rollout.examples, params.batch_size):
+        packed = pack(examples, device)
+        old += roles.policy.logprobs(packed, params.temperature).split(packed.num_predicted)
+        ref += roles.ref_policy.logprobs(packed, params.temperature).split(packed.num_predicted)
+        values += roles.value_model.values(packed).split(packed.num_predicted)
+        scores.append(roles.reward_model.scores(packed))
+    lengths = torch.tensor([len(response) for response in rollout.responses], device=device)
+    mask = lengths_mask(lengths, int(lengths.max()))
+    old_logprobs, ref_logprobs, old_values = (
+        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in (old, ref, values)
+    )
+    score = torch.cat(scores)
+    penalties = params.missing_stop_penalty * (~torch.tensor(rollout.stopped, device=device)).float()
+    token_kl = kl.k1(old_logprobs, ref_logprobs)
+    rewards = token_rewards(score - penalties, token_kl, mask, kl_coef)
+    advantages, returns = gae(rewards, old_values, mask, params.gamma, params.lam)
+    return Experience(
+        examples=rollout.examples,
+        response_mask=mask,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        kl=token_kl,
+        values=old_values,
+        scores=score,
+        penalties=penalties,
+        advantages=whiten(advantages, mask),
+        returns=returns,
+    )

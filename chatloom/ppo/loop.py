@@ -1,0 +1,218 @@
+"""PPO with a PTX loss (Ouyang 2022): rollout -> experience -> update -> log."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from chatloom.batches import chunks
+from chatloom.config import TrainPpoParams
+from chatloom.data.examples import Example
+from chatloom.errors import InputError
+from chatloom.optim import MasterAdamW, ParameterGroup, lr_factor, require_finite
+from chatloom.packing import Packed, pack
+from chatloom.ppo.experience import Experience, Rollout, make_experience, roll_out
+from chatloom.ppo.kl import KlController
+from chatloom.ppo.losses import policy_loss, value_loss
+from chatloom.ppo.roles import Roles
+from chatloom.progress import progress
+
+T = TypeVar("T")
+Log = Callable[[int, Mapping[str, float]], None]
+OnSamples = Callable[[int, Rollout, Experience], None]
+
+FIRST_STEP_TOLERANCE = 0.05
+"""Largest mean |log ratio| or |KL| a token before the first update: rounding of bfloat16 stays far below it."""
+
+
+def train_ppo(
+    roles: Roles,
+    prompts: Sequence[list[int]],
+    ptx: Sequence[Example],
+    params: TrainPpoParams,
+    log: Log,
+    on_samples: OnSamples,
+) -> dict[str, float]:
+    """Train policy and value in place.
+
+    Args:
+        prompts: templated prompts, drawn from anew each pass.
+        ptx: supervised examples mixed into each optimizer step.
+        log: called with (step, metrics) after each step.
+        on_samples: called every `params.sample_every` steps with what was sampled.
+    """
+    generator = torch.Generator().manual_seed(params.seed)
+    prompt_batches = _cycle(prompts, params.rollout_batch, params.seed)
+    ptx_batches = _cycle(ptx, params.ptx_batch, params.seed + 1) if params.ptx_coef > 0 else None
+    optimizer = MasterAdamW(
+        [
+            ParameterGroup(roles.policy.parameters(), params.optimizer.lr),
+            ParameterGroup(roles.value_model.parameters(), params.value_lr),
+        ],
+        params.optimizer,
+    )
+    controller = KlController.start(params.kl)
+    history: list[dict[str, float]] = []
+    with progress("train_ppo", params.num_steps) as advance:
+        for step in range(1, params.num_steps + 1):
+            started = time.monotonic()
+            rollout = roll_out(roles, next(prompt_batches), params, generator)
+            rolled_out = time.monotonic()
+            experience = make_experience(roles, rollout, params, controller.coef)
+            if step == 1:
+                _require_parity(roles, experience, params)
+            scored = time.monotonic()
+            factor = lr_factor(step - 1, params.num_steps, params.optimizer)
+            update = _update(roles, experience, ptx_batches, params, optimizer, factor, generator, step)
+
+            metrics = {**experience.metrics(), **update, "objective/kl_coef": controller.coef}
+            controller.update(metrics["objective/kl"], len(rollout.responses))
+            tokens, now = sum(map(len, rollout.responses)), time.monotonic()
+            metrics |= {
+                "time/rollout": rolled_out - started,
+                "time/experience": scored - rolled_out,
+                "time/update": now - scored,
+                "time/tokens_per_s": tokens / (rolled_out - started),
+            }
+            log(step, metrics)
+            history.append(metrics)
+            if step % params.sample_every == 0 or step in (1, params.num_steps):
+                on_samples(step, rollout, experience)
+            advance(score=metrics["objective/score"], kl=metrics["objective/kl"], kl_coef=controller.coef)
+    return _summary(history, params)
+
+
+def _update(
+    roles: Roles,
+    experience: Experience,
+    ptx_batches: Iterator[list[Example]] | None,
+    params: TrainPpoParams,
+    optimizer: MasterAdamW,
+    factor: float,
+    generator: torch.Generator,
+    step: int,
+) -> dict[str, float]:
+    """`ppo_epochs` passes over the experience; the metrics are means over all its tokens."""
+    totals: dict[str, float] = defaultdict(float)
+    num_optimizer_steps = params.ppo_epochs * params.num_minibatches
+    size = len(experience.examples) // params.num_minibatches
+    for _ in range(params.ppo_epochs):
+        order = torch.randperm(len(experience.examples), generator=generator).tolist()
+        for minibatch in chunks(order, size):
+            num_tokens = sum(experience.examples[i].num_predicted for i in minibatch)
+            for microbatch in chunks(minibatch, params.batch_size):
+                _backward_ppo(roles, experience, microbatch, num_tokens, params, totals, step)
+            if ptx_batches is not None:
+                _backward_ptx(roles, next(ptx_batches), params, totals, step)
+            totals["policy/grad_norm"] += optimizer.step(factor)
+    tokens = totals.pop("tokens")
+    counted = {"policy/clip_frac", "policy/approx_kl", "policy/entropy", "value/clip_frac"}
+    return {name: total / (tokens if name in counted else num_optimizer_steps) for name, total in totals.items()}
+
+
+def _backward_ppo(
+    roles: Roles,
+    experience: Experience,
+    rows: list[int],
+    num_tokens: int,
+    params: TrainPpoParams,
+    totals: dict[str, float],
+    step: int,
+) -> None:
+    """Gradients of policy and value for some rows of a minibatch of `num_tokens` response tokens."""
+    device = experience.response_mask.device
+    packed = pack([experience.examples[i] for i in rows], device)
+    mask = experience.response_mask[rows]
+    old_logprobs, advantages = experience.old_logprobs[rows][mask], experience.advantages[rows][mask]
+
+    # One backward a role, right after its forward: both may live on one backbone, where one adapter is on at a time.
+    logprobs, entropy = roles.policy.logprobs_and_entropy(packed, params.temperature)
+    policy = policy_loss(logprobs, old_logprobs, advantages, params.clip_range)
+    _backward(policy.loss / num_tokens, totals, "policy/loss", step)
+
+    values = roles.value_model.values(packed)
+    value = value_loss(values, experience.values[rows][mask], experience.returns[rows][mask], params.value_clip_range)
+    _backward(params.vf_coef * value.loss / num_tokens, totals, "value/loss", step)
+
+    log_ratio = (logprobs - old_logprobs).detach()
+    totals["policy/clip_frac"] += float(policy.clipped)
+    totals["policy/approx_kl"] += float((log_ratio.exp() - 1 - log_ratio).sum())
+    totals["policy/entropy"] += float(entropy.sum())
+    totals["value/clip_frac"] += float(value.clipped)
+    totals["tokens"] += len(logprobs)
+
+
+def _backward_ptx(
+    roles: Roles, examples: list[Example], params: TrainPpoParams, totals: dict[str, float], step: int
+) -> None:
+    """The gradient of ptx_coef * cross-entropy joins that of PPO in the same optimizer step."""
+    packed: Packed = pack(examples, roles.chat.device)
+    loss = -roles.policy.logprobs(packed).mean()
+    totals["ptx/loss"] += require_finite(loss, "train_ppo", step)
+    (params.ptx_coef * loss).backward()
+
+
+def _backward(loss: Tensor, totals: dict[str, float], name: str, step: int) -> None:
+    totals[name] += require_finite(loss, "train_ppo", step)
+    loss.backward()
+
+
+@torch.no_grad()
+def _require_parity(roles: Roles, experience: Experience, params: TrainPpoParams) -> None:
+    """Before the first update the policy is its reference, and a second pass repeats the first one's logprobs.
+
+    Raises:
+        InputError: where it is not so: another tokenizer, template, dropout or adapter state stands behind it, and
+            PPO would optimise noise.
+    """
+    packed = pack(experience.examples[: params.batch_size], roles.chat.device)
+    mask = experience.response_mask[: params.batch_size]
+    again = roles.policy.logprobs(packed, params.temperature)
+    log_ratio = float((again - experience.old_logprobs[: params.batch_size][mask]).abs().mean())
+    drift = float(experience.kl[experience.response_mask].abs().mean())
+    for name, value in (("log ratio", log_ratio), ("KL to the reference", drift)):
+        if not math.isfinite(value) or value > FIRST_STEP_TOLERANCE:
+            raise InputError(
+                f"train_ppo: before the first update the mean absolute {name} a token is {value:.3g}, not 0; "
+                "models/sft and models/reward do not belong together, or the policy is not the reference: "
+                "run train_sft and what follows it again"
+            )
+
+
+def _cycle(rows: Sequence[T], size: int, seed: int) -> Iterator[list[T]]:
+    """Batches without end: every row once a pass, each pass in its own order."""
+    generator = torch.Generator().manual_seed(seed)
+    batch: list[T] = []
+    while True:
+        for i in torch.randperm(len(rows), generator=generator).tolist():
+            batch.append(rows[i])
+            if len(batch) == size:
+                yield batch
+                batch = []
+
+
+def _summary(history: Sequence[dict[str, float]], params: TrainPpoParams) -> dict[str, float]:
+    """First and last quarter of the run side by side: a single step's mean over a small batch is mostly noise."""
+    quarter = max(len(history) // 4, 1)
+    names = ("objective/score", "objective/kl", "objective/response_tokens", "objective/stopped", "policy/entropy")
+
+    def mean(rows: Sequence[dict[str, float]], name: str) -> float:
+        return sum(row[name] for row in rows) / len(rows)
+
+    first = {f"{name}_first": mean(history[:quarter], name) for name in names}
+    last = {f"{name}_last": mean(history[-quarter:], name) for name in names}
+    seconds = sum(sum(row[f"time/{part}"] for part in ("rollout", "experience", "update")) for row in history)
+    return {
+        "steps": len(history),
+        **first,
+        **last,
+        "objective/kl_coef": history[-1]["objective/kl_coef"],
+        "episodes_per_s": len(history) * params.rollout_batch / seconds,
+        "rollout_tokens_per_s": mean(history, "time/tokens_per_s"),
+    }

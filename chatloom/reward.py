@@ -1,0 +1,142 @@
+"""Reward model training on ranked responses (Ouyang 2022, Stiennon 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chatloom.batches import chunks, num_steps, steps
+from chatloom.config import TrainRewardParams
+from chatloom.data.comparisons import SAMPLED, Comparison
+from chatloom.data.examples import Example
+from chatloom.models.adapters import Role
+from chatloom.optim import MasterAdamW, ParameterGroup, lr_factor, require_finite
+from chatloom.packing import pack
+from chatloom.progress import progress
+
+Log = Callable[[int, Mapping[str, float]], None]
+
+
+def ranking_loss(
+    scores: Tensor, better: Tensor, worse: Tensor, weights: Tensor, margin: float = 0.0, centering: float = 0.0
+) -> Tensor:
+    """Weighted sum over pairs of -log sigmoid(s_better - s_worse - margin) + centering (s_better + s_worse)^2.
+
+    Args:
+        scores: (S) float32, every response of every prompt.
+        better, worse: (M) indices into `scores`.
+        weights: (M); 1 / pairs of the pair's prompt, so that a prompt counts once however many responses it has.
+    """
+    chosen, rejected = scores[better], scores[worse]
+    loss = -F.logsigmoid(chosen - rejected - margin) + centering * (chosen + rejected) ** 2
+    return (weights * loss).sum()
+
+
+def score_comparisons(reward_model: Role, comparisons: Sequence[Comparison], device: torch.device) -> list[Tensor]:
+    """The scores (K) of each comparison's responses, all of them in one pass."""
+    examples = [Example.of_response(c.prompt_ids, ids) for c in comparisons for ids in c.response_ids]
+    return list(reward_model.scores(pack(examples, device)).split([len(c.response_ids) for c in comparisons]))
+
+
+def microbatch_loss(
+    reward_model: Role, comparisons: Sequence[Comparison], params: TrainRewardParams, device: torch.device
+) -> Tensor:
+    """Sum over prompts of their pairs' mean loss; all K responses of a prompt are scored together."""
+    scores = score_comparisons(reward_model, comparisons, device)
+    better, worse, weights, offset = [], [], [], 0
+    for comparison, own in zip(comparisons, scores, strict=True):
+        pairs = comparison.pairs
+        better += [offset + i for i, _ in pairs]
+        worse += [offset + j for _, j in pairs]
+        weights += [1 / len(pairs)] * len(pairs)
+        offset += len(own)
+    return ranking_loss(
+        torch.cat(scores),
+        torch.tensor(better, device=device),
+        torch.tensor(worse, device=device),
+        torch.tensor(weights, device=device),
+        params.margin,
+        params.centering,
+    )
+
+
+@torch.no_grad()
+def pair_margins(reward_model: Role, comparisons: Sequence[Comparison], device: torch.device) -> list[list[float]]:
+    """Of each comparison, s_better - s_worse of its pairs."""
+    margins = []
+    for rows in chunks(comparisons, 2):
+        for comparison, scores in zip(rows, score_comparisons(reward_model, rows, device), strict=True):
+            margins.append([float(scores[i] - scores[j]) for i, j in comparison.pairs])
+    return margins
+
+
+def accuracy(margins: Sequence[Sequence[float]]) -> float:
+    """Share of all pairs that are ordered rightly; an exact tie counts half."""
+    flat = [margin for row in margins for margin in row]
+    return sum(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in flat) / len(flat)
+
+
+@torch.no_grad()
+def normalize(reward_model: Role, comparisons: Sequence[Comparison], device: torch.device) -> int:
+    """Set the head's gain and bias so that reference responses score mean 0, std 1; how many there were.
+
+    Reference responses are those the SFT model sampled; without any, all responses stand in.
+    """
+    assert reward_model.head is not None
+    sampled, every = [], []
+    for rows in chunks(comparisons, 2):
+        for comparison, scores in zip(rows, score_comparisons(reward_model, rows, device), strict=True):
+            every.append(scores)
+            keep = [origin == SAMPLED for origin in comparison.origins]
+            sampled.append(scores[torch.tensor(keep, device=device)])
+    reference = torch.cat(sampled)
+    if len(reference) < 2:
+        reference = torch.cat(every)
+    reward_model.head.normalize(reference)
+    return len(reference)
+
+
+def train_reward(
+    reward_model: Role,
+    train: Sequence[Comparison],
+    held_out: Sequence[Comparison],
+    params: TrainRewardParams,
+    device: torch.device,
+    log: Log,
+) -> dict[str, float]:
+    """Train `reward_model` (its adapter or trunk, and its head) in place, then normalise its scores.
+
+    Args:
+        log: called with (step, metrics) after each step.
+    """
+    total = num_steps(len(train), params)
+    optimizer = MasterAdamW([ParameterGroup(reward_model.parameters(), params.optimizer.lr)], params.optimizer)
+    held_out = held_out[: params.eval_rows]
+    last = accuracy(pair_margins(reward_model, held_out, device)) if held_out else float("nan")
+    with progress("train_reward", total) as advance:
+        for step, microbatches in enumerate(steps(train, params), start=1):
+            prompts = sum(map(len, microbatches))
+            loss = 0.0
+            for rows in microbatches:
+                part = microbatch_loss(reward_model, rows, params, device) / prompts
+                loss += require_finite(part, "train_reward", step)
+                part.backward()
+            factor = lr_factor(step - 1, total, params.optimizer)
+            norm = optimizer.step(factor)
+
+            log(step, {"train/loss": loss, "train/grad_norm": norm, "train/lr": params.optimizer.lr * factor})
+            if held_out and (step % params.eval_every == 0 or step == total):
+                last = accuracy(pair_margins(reward_model, held_out, device))
+                log(step, {"eval/accuracy": last})
+            advance(loss=loss, accuracy=last)
+    reference = normalize(reward_model, train, device)
+    return {
+        "steps": total,
+        "prompts": len(train),
+        "pairs": sum(len(c.pairs) for c in train),
+        "reference_responses": reference,
+        **({"eval/accuracy": last, "eval/prompts": len(held_out)} if held_out else {}),
+    }

@@ -1,0 +1,81 @@
+"""Supervised fine-tuning: cross-entropy on the answers' tokens, the stop token included."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from chatloom.batches import num_steps, steps
+from chatloom.config import TrainSftParams
+from chatloom.data.examples import Example
+from chatloom.evaluation.perplexity import losses_by_group
+from chatloom.models.adapters import Role
+from chatloom.optim import MasterAdamW, ParameterGroup, lr_factor, require_finite
+from chatloom.packing import Packed, pack
+from chatloom.progress import progress
+
+Log = Callable[[int, Mapping[str, float]], None]
+
+
+def sft_loss(policy: Role, packed: Packed, num_tokens: int) -> torch.Tensor:
+    """Sum of the microbatch's token losses over the predicted tokens of the whole optimizer step.
+
+    Not the mean of means: so 8 microbatches of 1 row are the same step as 1 microbatch of 8.
+    """
+    return -policy.logprobs(packed).sum() / num_tokens
+
+
+def train_sft(
+    policy: Role,
+    examples: Sequence[Example],
+    held_out: Mapping[str, Sequence[Example]],
+    params: TrainSftParams,
+    device: torch.device,
+    log: Log,
+) -> dict[str, float]:
+    """Train `policy` in place.
+
+    Args:
+        held_out: examples by language, looked at before, during and after training.
+        log: called with (step, metrics) after each step.
+
+    Returns:
+        Held-out losses before and after, by language, and the speed.
+    """
+    total = num_steps(len(examples), params)
+    optimizer = MasterAdamW([ParameterGroup(policy.parameters(), params.optimizer.lr)], params.optimizer)
+    first = losses_by_group(policy, held_out, device)
+    log(0, {f"eval/loss_{lang}": loss for lang, loss in first.items()})
+    last, trained_tokens, seconds = first, 0, 0.0
+    with progress("train_sft", total) as advance:
+        for step, microbatches in enumerate(steps(examples, params), start=1):
+            started = time.monotonic()
+            num_tokens = sum(example.num_predicted for rows in microbatches for example in rows)
+            loss = 0.0
+            for rows in microbatches:
+                part = sft_loss(policy, pack(rows, device), num_tokens)
+                loss += require_finite(part, "train_sft", step)
+                part.backward()
+            factor = lr_factor(step - 1, total, params.optimizer)
+            norm = optimizer.step(factor)
+
+            tokens = sum(len(example.input_ids) for rows in microbatches for example in rows)
+            trained_tokens += tokens
+            seconds += (took := time.monotonic() - started)
+            lr = params.optimizer.lr * factor
+            log(
+                step, {"train/loss": loss, "train/grad_norm": norm, "train/lr": lr, "train/tokens_per_s": tokens / took}
+            )
+            if step % params.eval_every == 0 or step == total:
+                last = losses_by_group(policy, held_out, device)
+                log(step, {f"eval/loss_{lang}": value for lang, value in last.items()})
+            advance(loss=loss, tokens_per_s=tokens / took)
+    return {
+        "steps": total,
+        "tokens": trained_tokens,
+        "tokens_per_s": trained_tokens / max(seconds, 1e-9),
+        **{f"eval/loss_{lang}_before": loss for lang, loss in first.items()},
+        **{f"eval/loss_{lang}": loss for lang, loss in last.items()},
+    }
