@@ -1,0 +1,155 @@
+"""The `chatloom` command: serve a registered model, or talk to it in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from chatloom.errors import InputError
+
+# torch, MLflow and FastAPI take seconds to import: commands import them when they run, so that --help is quick.
+if TYPE_CHECKING:
+    from chatloom.serving.engine import Engine, Message
+
+app = typer.Typer(
+    help="Serve the chat model that the pipeline registered, or talk to it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+ModelOption = Annotated[
+    str, typer.Option("--model", help="models:/name@alias, models:/name/version, or a checkpoint's folder.")
+]
+DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes CUDA where there is one.")]
+
+
+@app.command()
+def serve(
+    model: ModelOption = "models:/chatloom@champion",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    device: DeviceOption = "auto",
+) -> None:
+    """Serve a model over OpenAI's API: POST /v1/chat/completions, GET /v1/models."""
+    with _input_errors():
+        from chatloom.registry.resolve import resolve
+
+        resolved = resolve(model)
+        engine = _load(resolved.path, device)
+    import uvicorn
+
+    from chatloom.serving.api import create_app
+
+    version = f" version {resolved.version}" if resolved.version else ""
+    typer.echo(f"Serving {resolved.name}{version}; OpenAI clients take the address below with /v1 behind it", err=True)
+    web = create_app(engine, resolved.name, resolved.tags, version=resolved.version)
+    # A client that listens to a long answer does not keep the server from stopping.
+    uvicorn.run(web, host=host, port=port, timeout_graceful_shutdown=5)
+
+
+@app.command()
+def chat(
+    model: ModelOption = "models:/chatloom@champion",
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0 takes the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of one answer, at most.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes answers repeatable.")] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Talk to a model; every line is a message, /reset forgets the conversation, /exit ends it."""
+    with _input_errors():
+        if top_p == 0:
+            raise InputError("--top-p 0 leaves no token to choose: use --temperature 0 for the likeliest one")
+        from chatloom.registry.resolve import resolve
+
+        engine = _load(resolve(model).path, device)
+        from chatloom.serving.engine import Message
+
+        opening = [Message("system", system)] if system is not None else []
+        conversation = list(opening)
+        for line in _lines():
+            if line == "/exit":
+                break
+            if line == "/reset":
+                conversation = list(opening)
+                continue
+            asked = [*conversation, Message("user", line)]
+            try:
+                answer = _answer(engine, asked, temperature, top_p, max_tokens, seed)
+            except InputError as error:  # a conversation that grew too long is no reason to leave
+                typer.echo(f"{error} (or /reset)", err=True)
+                continue
+            conversation = [*asked, Message("assistant", answer)]
+
+
+def _load(path: Path, device: str) -> Engine:
+    # GPTQModel writes its banner to stdout, where the answers belong.
+    with redirect_stdout(sys.stderr):
+        from chatloom.serving.engine import Engine
+
+        return Engine(path, device=device)
+
+
+def _lines() -> Iterator[str]:
+    """Messages typed or piped in, without the empty ones; Ctrl-C and the end of the input end them."""
+    interactive = sys.stdin.isatty()
+    while True:
+        if interactive:
+            typer.echo("> ", nl=False)
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            line = ""
+        except UnicodeDecodeError as error:
+            raise InputError(f"standard input is not {error.encoding} text: convert it first") from error
+        if not line:
+            if interactive:
+                typer.echo()
+            return
+        if text := line.strip():
+            yield text
+
+
+def _answer(
+    engine: Engine,
+    messages: list[Message],
+    temperature: float,
+    top_p: float,
+    max_tokens: int | None,
+    seed: int | None,
+) -> str:
+    """Print the answer as it comes; Ctrl-C ends it there."""
+    from chatloom.models.generation import Sampling
+
+    prompt_ids = engine.encode(messages)
+    sampling = Sampling(engine.room(prompt_ids, max_tokens), temperature, top_p)
+    generation = engine.generate(prompt_ids, sampling, seed=seed)
+    parts: list[str] = []
+    try:
+        for delta in generation:
+            parts.append(delta)
+            typer.echo(delta, nl=False)
+    except KeyboardInterrupt:
+        generation.close()
+    typer.echo()
+    return "".join(parts)
+
+
+@contextmanager
+def _input_errors() -> Iterator[None]:
+    """An input error is a line for the user; any other error is a bug and keeps its traceback."""
+    try:
+        yield
+    except InputError as error:
+        typer.echo(f"chatloom: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,99 @@
+"""From a model's address to its folder: `models:/name@alias`, `models:/name/3` or a plain path."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chatloom.errors import InputError
+
+ARTIFACT = "model"
+"""Name of the checkpoint folder among the artifacts of a registered model."""
+
+ADDRESS = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    path: Path
+    """The checkpoint folder."""
+    name: str
+    version: str | None
+    """None for a plain folder."""
+    tags: Mapping[str, str]
+    """Lineage, as `register` recorded it."""
+
+
+def resolve(uri: str) -> Resolved:
+    """The model behind `uri`, downloaded where the registry is on another machine.
+
+    A plain path needs no MLflow. The registry is that of `MLFLOW_TRACKING_URI`, else `mlflow.db` in the current folder.
+
+    Raises:
+        InputError: for a path that is no folder, a malformed address, or a model that the registry does not have.
+    """
+    if not uri.startswith("models:"):
+        return _folder(uri)
+    address = ADDRESS.fullmatch(uri)
+    if address is None:
+        raise InputError(f"{uri}: write models:/name@alias, models:/name/version, or the path of a folder")
+    use_tracking_store(uri)
+    return _registered(uri, address["name"], address["alias"], address["version"])
+
+
+def use_tracking_store(purpose: str) -> None:
+    """Set MLflow's tracking store to `mlflow.db` here, unless one is set; MLflow itself would make an empty one.
+
+    Raises:
+        InputError: where there is neither.
+    """
+    import mlflow
+
+    if mlflow.is_tracking_uri_set():
+        return
+    store = Path.cwd() / "mlflow.db"
+    if not store.is_file():
+        raise InputError(f"{purpose}: set MLFLOW_TRACKING_URI, or run this where mlflow.db is; {store} does not exist")
+    mlflow.set_tracking_uri(f"sqlite:///{store}")
+
+
+def _folder(uri: str) -> Resolved:
+    path = Path(uri).expanduser().resolve()
+    if not path.is_dir():
+        raise InputError(f"{uri}: no such folder; give a checkpoint's folder or models:/name@alias")
+    return Resolved(path, path.name, None, {})
+
+
+def _registered(uri: str, name: str, alias: str | None, version: str | None) -> Resolved:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    client = mlflow.MlflowClient()
+    try:
+        model = client.get_registered_model(name)
+    except MlflowException as error:
+        raise InputError(f"{uri}: the registry at {mlflow.get_tracking_uri()} does not have it: {error}") from error
+    number = model.aliases.get(alias) if version is None else version
+    if number is None:
+        known = ", ".join(f"@{known}" for known in sorted(model.aliases)) or "none"
+        raise InputError(f"{uri}: no version of {name!r} is @{alias}; known aliases: {known}")
+    try:
+        found = client.get_model_version(name, str(number))
+        folder = Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{number}"))
+    except (MlflowException, OSError) as error:
+        raise InputError(f"{uri}: version {number} of {name!r} cannot be had: {error}") from error
+    return Resolved(_checkpoint(uri, folder), name, str(number), dict(found.tags))
+
+
+def _checkpoint(uri: str, folder: Path) -> Path:
+    """The checkpoint inside a logged model, as its MLmodel file says."""
+    from mlflow.models import Model
+
+    flavor: dict[str, Any] = Model.load(str(folder)).flavors.get("python_function", {})
+    artifact: dict[str, str] | None = flavor.get("artifacts", {}).get(ARTIFACT)
+    if artifact is None:
+        raise InputError(f"{uri}: was not registered by chatloom: it has no artifact called {ARTIFACT!r}")
+    return folder / artifact["path"]

@@ -1,0 +1,247 @@
+"""Registering, resolving and predicting, against a real MLflow store."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import mlflow
+import pytest
+import yaml
+
+from chatloom.config import Gate, RegisterParams
+from chatloom.errors import InputError
+from chatloom.models.generation import Sampling
+from chatloom.registry.register import REQUIREMENTS, Registered, register
+from chatloom.registry.resolve import resolve
+from chatloom.serving.engine import Engine, Message
+
+NAME = "tiny-chat"
+LINEAGE = {"git.revision": "abc123", "data.sources": '[{"license": "Apache-2.0"}]'}
+METRICS = {"reward": {"accuracy": 0.75}, "ppo": {"kl": 12.0}, "note": "text"}
+QUESTION = {"input": [{"role": "user", "content": "你好"}], "max_output_tokens": 6, "temperature": 0.0}
+
+
+def run_register(checkpoint: Path, max_kl: float, *, name: str = NAME) -> Registered:
+    gates = [
+        Gate(metric="reward/accuracy", min=0.5, max=None, blocks=True),
+        Gate(metric="ppo/kl", min=None, max=max_kl, blocks=True),
+    ]
+    with mlflow.start_run():
+        return register(checkpoint, RegisterParams(model_name=name, gates=gates), METRICS, LINEAGE, "你好")
+
+
+@pytest.fixture(scope="module")
+def versions(store: str, checkpoint: Path) -> tuple[Registered, Registered]:
+    """One that holds every gate, then one that does not."""
+    return run_register(checkpoint, 40.0), run_register(checkpoint, 1.0)
+
+
+def aliases() -> dict[str, str]:
+    return dict(mlflow.MlflowClient().get_registered_model(NAME).aliases)
+
+
+def test_champion_only_if_gates_hold(versions: tuple[Registered, Registered]) -> None:
+    good, bad = versions
+    assert (good.version, good.champion, bad.version, bad.champion) == (1, True, 2, False)
+    assert [verdict.verdict for verdict in bad.verdicts] == ["pass", "fail"]
+    # MLflow gives versions of aliases as text or as numbers, by its version.
+    assert {alias: str(version) for alias, version in aliases().items()} == {"champion": "1", "challenger": "2"}
+
+
+def test_tags_tell_the_lineage(versions: tuple[Registered, Registered]) -> None:
+    tags = mlflow.MlflowClient().get_model_version(NAME, "2").tags
+    assert tags | LINEAGE == tags
+    assert tags["gates.hold"] == "false"
+    assert json.loads(tags["gates"])[1] == {
+        "metric": "ppo/kl",
+        "value": 12.0,
+        "bound": "<= 1",
+        "verdict": "fail",
+        "blocks": True,
+    }
+
+
+def test_metrics_are_tied_to_the_model(versions: tuple[Registered, Registered]) -> None:
+    model_id = mlflow.MlflowClient().get_model_version(NAME, "1").source.rpartition("/")[2]
+    metrics = {metric.key: metric.value for metric in mlflow.get_logged_model(model_id).metrics}
+    assert metrics == {"reward/accuracy": 0.75, "ppo/kl": 12.0}
+
+
+@pytest.mark.parametrize(("address", "version"), [("@champion", "1"), ("@challenger", "2"), ("/2", "2")])
+def test_resolve(versions: tuple[Registered, Registered], checkpoint: Path, address: str, version: str) -> None:
+    found = resolve(f"models:/{NAME}{address}")
+    assert (found.name, found.version, found.tags["git.revision"]) == (NAME, version, "abc123")
+    assert (found.path / "config.json").read_bytes() == (checkpoint / "config.json").read_bytes()
+    sampling = Sampling(max_new_tokens=6, temperature=0.0)
+    messages = [Message("user", "你好")]
+    assert Engine(found.path).chat(messages, sampling) == Engine(checkpoint).chat(messages, sampling)
+
+
+def test_predict_as_mlflow_does(versions: tuple[Registered, Registered], checkpoint: Path) -> None:
+    model = mlflow.pyfunc.load_model(f"models:/{NAME}@champion")
+    expected = Engine(checkpoint).chat([Message("user", "你好")], Sampling(max_new_tokens=6, temperature=0.0))
+    response = model.predict(QUESTION)
+    (item,) = response["output"]
+    assert (item["type"], item["role"], item["content"][0]["text"]) == ("message", "assistant", expected.text)
+    assert response["usage"]["input_tokens"] == expected.prompt_tokens
+    assert response["usage"]["output_tokens"] == expected.completion_tokens == 6
+    assert (response["status"], response["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+    *deltas, done = model.predict_stream(QUESTION)
+    assert "".join(delta["delta"] for delta in deltas) == expected.text == done["item"]["content"][0]["text"]
+
+
+def test_predict_with_earlier_turns(versions: tuple[Registered, Registered], checkpoint: Path) -> None:
+    model = mlflow.pyfunc.load_model(f"models:/{NAME}@champion")
+    answered = model.predict(QUESTION)
+    turns: list[Any] = [
+        {"role": "system", "content": "Be brief."},
+        *QUESTION["input"],
+        *answered["output"],
+        {"role": "user", "content": [{"type": "input_text", "text": "more"}]},
+    ]
+    text = answered["output"][0]["content"][0]["text"]
+    messages = [("system", "Be brief."), ("user", "你好"), ("assistant", text), ("user", "more")]
+    prompt = Engine(checkpoint).encode([Message(*message) for message in messages])
+    assert model.predict(QUESTION | {"input": turns})["usage"]["input_tokens"] == len(prompt)
+
+
+def test_seed(versions: tuple[Registered, Registered]) -> None:
+    model = mlflow.pyfunc.load_model(f"models:/{NAME}@champion")
+
+    def answer(seed: int) -> str:
+        asked = QUESTION | {"temperature": 1.0, "max_output_tokens": 30, "custom_inputs": {"seed": seed, "stop": ["!"]}}
+        text: str = model.predict(asked)["output"][0]["content"][0]["text"]
+        return text
+
+    assert answer(1) == answer(1) != answer(2)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"custom_inputs": {"sead": 1}}, "custom_inputs has"),
+        ({"input": [{"type": "function_call", "arguments": "{}", "call_id": "1", "name": "f"}]}, "messages only"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "reads text only"),
+        ({"tools": [{"type": "web_search"}]}, "tools are not supported"),
+        ({"max_output_tokens": 10_000}, "ask for at most"),
+    ],
+)
+def test_predict_refuses(versions: tuple[Registered, Registered], change: dict[str, Any], words: str) -> None:
+    model = mlflow.pyfunc.load_model(f"models:/{NAME}@champion")
+    with pytest.raises(InputError, match=words):
+        model.predict(QUESTION | change)
+
+
+def test_the_code_and_the_pins_travel(versions: tuple[Registered, Registered]) -> None:
+    folder = Path(mlflow.artifacts.download_artifacts(f"models:/{NAME}/1"))
+    assert (folder / "code" / "chatloom" / "serving" / "engine.py").is_file()
+    assert not list(folder.rglob("__pycache__"))
+    pins = (folder / "requirements.txt").read_text().split()
+    assert [pin.partition("==")[0] for pin in pins] == list(REQUIREMENTS)
+    assert yaml.safe_load((folder / "MLmodel").read_text())["metadata"]["task"] == "agent/v1/responses"
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        (f"models:/{NAME}@nobody", "known aliases: @challenger, @champion"),
+        (f"models:/{NAME}/99", "version 99"),
+        ("models:/unheard-of@champion", "does not have it"),
+        (f"models:/{NAME}", "write models:/name@alias"),
+        ("models:x", "write models:/name@alias"),
+        ("/nowhere/at/all", "no such folder"),
+    ],
+)
+def test_resolve_refuses(versions: tuple[Registered, Registered], uri: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        resolve(uri)
+
+
+def test_unknown_metric_registers_nothing(store: str, checkpoint: Path) -> None:
+    gates = [Gate(metric="reward/acuracy", min=0.5, max=None, blocks=True)]
+    with mlflow.start_run(), pytest.raises(InputError, match=r"register\.gates\[0\]\.metric"):
+        register(checkpoint, RegisterParams(model_name="never", gates=gates), METRICS, LINEAGE, "hi")
+    assert not mlflow.search_registered_models(filter_string="name = 'never'")
+
+
+def test_missing_checkpoint(store: str, tmp_path: Path) -> None:
+    with mlflow.start_run(), pytest.raises(InputError, match="run the stage quantize first"):
+        register(tmp_path, RegisterParams(model_name="never", gates=[]), METRICS, LINEAGE, "hi")
+
+
+def test_a_failure_on_the_way_keeps_the_champion(
+    versions: tuple[Registered, Registered], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = aliases()
+    move = mlflow.MlflowClient.set_registered_model_alias
+
+    def lost_connection(client: Any, name: str, alias: str, version: str) -> None:
+        if alias == "challenger":
+            raise ConnectionError
+        move(client, name, alias, version)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "set_registered_model_alias", lost_connection)
+    with pytest.raises(ConnectionError):
+        run_register(checkpoint, 40.0)
+    assert aliases() == before
+
+
+def test_a_plain_folder_needs_no_mlflow(checkpoint: Path) -> None:
+    code = (
+        "import sys; from chatloom.registry.resolve import resolve; "
+        f"found = resolve({str(checkpoint)!r}); print(found.name, found.version); assert 'mlflow' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["chat-4bit", "None"]
+
+
+def test_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mlflow, "is_tracking_uri_set", lambda: False)
+    with pytest.raises(InputError, match=r"set MLFLOW_TRACKING_URI, or run this where mlflow\.db is"):
+        resolve("models:/chatloom@champion")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.smoke
+def test_mlflow_models_serve(versions: tuple[Registered, Registered], store: str, checkpoint: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    programs = Path(sys.executable).parent  # MLflow finds uvicorn by PATH
+    serve = ["models", "serve", "-m", f"models:/{NAME}@champion", "--env-manager", "local", "-p", str(port)]
+    server = subprocess.Popen(
+        [programs / "mlflow", *serve],
+        env=os.environ
+        | {"PATH": f"{programs}:{os.environ['PATH']}", "MLFLOW_TRACKING_URI": store, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,  # its workers end with it
+    )
+    try:
+        response = first_response(server, f"http://127.0.0.1:{port}/invocations", seconds=120)
+        assert response.status_code == 200
+        expected = Engine(checkpoint).chat([Message("user", "你好")], Sampling(max_new_tokens=6, temperature=0.0))
+        assert response.json()["output"][0]["content"][0]["text"] == expected.text
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=30)
+
+
+def first_response(server: subprocess.Popen[bytes], url: str, *, seconds: float) -> httpx.Response:
+    """Of the question, asked until the server listens."""
+    deadline = time.monotonic() + seconds
+    while True:
+        assert server.poll() is None, "the server ended"
+        assert time.monotonic() < deadline, "the server never answered"
+        try:
+            return httpx.post(url, json=QUESTION, timeout=60)
+        except httpx.ConnectError:
+            time.sleep(0.2)
