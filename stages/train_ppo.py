@@ -1,0 +1,63 @@
+"""DVC stage `train_ppo`: PPO with a PTX loss against the reward model."""
+
+from pathlib import Path
+
+import torch
+
+from chatloom.data.examples import Example
+from chatloom.data.prepared import read_split
+from chatloom.device import resolve_device
+from chatloom.errors import InputError
+from chatloom.models.adapters import merge_adapter
+from chatloom.models.checkpoint import save_causal_lm
+from chatloom.parallel.strategies import require_available
+from chatloom.ppo.experience import Experience, Rollout
+from chatloom.ppo.loop import train_ppo
+from chatloom.ppo.roles import POLICY, load_roles
+from stages.run import stage
+
+SFT, REWARD = Path("models/sft"), Path("models/reward")
+PROMPTS, PTX = Path("data/prepared/ppo"), Path("data/prepared/ptx")
+ROWS_SHOWN = 8
+
+
+def main() -> None:
+    with stage("train_ppo") as run:
+        params, runtime = run.params.train_ppo, run.params.runtime
+        require_available(params.parallel, "train_ppo")
+        device = resolve_device(runtime.device, runtime.dtype, runtime.num_threads)
+        prompts = [row.prompt_ids for row in read_split(PROMPTS)]
+        ptx = [Example.of_row(row) for row in read_split(PTX)]
+        for rows, path, needed in ((prompts, PROMPTS, True), (ptx, PTX, params.ptx_coef > 0)):
+            if needed and not rows:
+                raise InputError(f"{path} has no rows; give prepare_data.split_weights.{path.name} a larger share")
+        run.dataset(PROMPTS, "ppo")
+        run.dataset(PTX, "ptx")
+        torch.manual_seed(params.seed)
+        roles = load_roles(SFT, REWARD, params, device)
+
+        def show(step: int, rollout: Rollout, experience: Experience) -> None:
+            decode = roles.chat.tokenizer.decode
+            prompts = rollout.prompts[:ROWS_SHOWN]
+            run.table(
+                "samples",
+                {
+                    "step": [step] * len(prompts),
+                    "prompt": [decode(ids) for ids in prompts],
+                    "response": [decode(ids) for ids in rollout.responses[:ROWS_SHOWN]],
+                    "score": experience.scores[:ROWS_SHOWN].tolist(),
+                    "kl": experience.kl[:ROWS_SHOWN].sum(1).tolist(),
+                },
+            )
+
+        metrics = train_ppo(roles, prompts, ptx, params, run.log, show)
+        model = roles.policy.model
+        if roles.policy.adapter is not None:
+            model = merge_adapter(model, POLICY)
+        with run.out("models/ppo") as folder:
+            save_causal_lm(folder, model, SFT)
+        run.metrics(metrics)
+
+
+if __name__ == "__main__":
+    main()

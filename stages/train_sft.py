@@ -1,0 +1,59 @@
+"""DVC stage `train_sft`: supervised fine-tuning of the base model."""
+
+from pathlib import Path
+
+import torch
+
+from chatloom.data.examples import Example
+from chatloom.data.prepared import PreparedRow, read_split
+from chatloom.device import resolve_device
+from chatloom.errors import InputError
+from chatloom.models.adapters import Role, add_adapter, merge_adapter
+from chatloom.models.checkpoint import load_on, save_causal_lm
+from chatloom.parallel.strategies import require_available
+from chatloom.sft import train_sft
+from stages.run import stage
+
+BASE, TRAIN, EVAL = Path("models/base"), Path("data/prepared/sft"), Path("data/prepared/eval")
+ADAPTER = "sft"
+
+
+def main() -> None:
+    with stage("train_sft") as run:
+        params, runtime = run.params.train_sft, run.params.runtime
+        require_available(params.parallel, "train_sft")
+        device = resolve_device(runtime.device, runtime.dtype, runtime.num_threads)
+        run.dataset(TRAIN, "sft")
+        examples = [Example.of_row(row) for row in read_split(TRAIN)]
+        if not examples:
+            raise InputError(f"{TRAIN} has no rows; give prepare_data.split_weights.sft a larger share or add data")
+        torch.manual_seed(params.seed)
+        model = load_on(BASE, device).model
+        if params.activation_checkpointing:
+            model.gradient_checkpointing_enable()
+            model.train()
+        policy = Role(model)
+        if params.method == "lora":
+            add_adapter(model, ADAPTER, params.lora, params.seed)
+            policy = Role(model, ADAPTER)
+        metrics = train_sft(
+            policy, examples, held_out(read_split(EVAL), params.eval_rows), params, device.device, run.log
+        )
+        if params.method == "lora":
+            model = merge_adapter(model, ADAPTER)
+        with run.out("models/sft") as folder:
+            save_causal_lm(folder, model, BASE)
+        run.metrics(metrics)
+
+
+def held_out(rows: list[PreparedRow], limit: int) -> dict[str, list[Example]]:
+    """Up to `limit` held-out examples a language."""
+    found: dict[str, list[Example]] = {}
+    for row in rows:
+        if row.responses and len(found.setdefault(row.lang, [])) < limit:
+            found[row.lang].append(Example.of_row(row))
+    return found
+
+
+if __name__ == "__main__":
+    main()
