@@ -26,9 +26,9 @@ SOURCE = RandomSource(kind="random", hidden_size=32, num_layers=2, num_heads=4, 
 CPU = Device(torch.device("cpu"), torch.float32)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+# Tiny tensors gain nothing from threads, and threads that wait for each other lose much on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 
 @pytest.fixture

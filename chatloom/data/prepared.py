@@ -6,7 +6,7 @@ A split is a folder of Parquet shards with one schema for all splits; a split on
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def write_split(folder: Path, rows: Iterable[PreparedRow], shard_rows: int) -> N
     remaining = iter(rows)
     number = 0
     while (shard := list(islice(remaining, shard_rows))) or number == 0:
-        _write_shard(folder, number, [asdict(row) for row in shard])
+        _write_shard(folder, number, [vars(row) for row in shard])
         number += 1
 
 

@@ -134,11 +134,11 @@ def _backward_ppo(
     # One backward a role, right after its forward: both may live on one backbone, where one adapter is on at a time.
     logprobs, entropy = roles.policy.logprobs_and_entropy(packed, params.temperature)
     policy = policy_loss(logprobs, old_logprobs, advantages, params.clip_range)
-    _backward(policy.loss / num_tokens, totals, "policy/loss", step)
+    _backward(policy.loss / num_tokens, 1.0, totals, "policy/loss", step)
 
     values = roles.value_model.values(packed)
     value = value_loss(values, experience.values[rows][mask], experience.returns[rows][mask], params.value_clip_range)
-    _backward(params.vf_coef * value.loss / num_tokens, totals, "value/loss", step)
+    _backward(value.loss / num_tokens, params.vf_coef, totals, "value/loss", step)
 
     log_ratio = (logprobs - old_logprobs).detach()
     totals["policy/clip_frac"] += float(policy.clipped)
@@ -154,13 +154,13 @@ def _backward_ptx(
     """The gradient of ptx_coef * cross-entropy joins that of PPO in the same optimizer step."""
     packed: Packed = pack(examples, roles.chat.device)
     loss = -roles.policy.logprobs(packed).mean()
-    totals["ptx/loss"] += require_finite(loss, "train_ppo", step)
-    (params.ptx_coef * loss).backward()
+    _backward(loss, params.ptx_coef, totals, "ptx/loss", step)
 
 
-def _backward(loss: Tensor, totals: dict[str, float], name: str, step: int) -> None:
+def _backward(loss: Tensor, coef: float, totals: dict[str, float], name: str, step: int) -> None:
+    """Add the gradient of coef * loss; the total counts the loss itself."""
     totals[name] += require_finite(loss, "train_ppo", step)
-    loss.backward()
+    (coef * loss).backward()
 
 
 @torch.no_grad()

@@ -1,0 +1,134 @@
+"""`params.yaml`, its presets and what is said about bad values."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from chatloom.config import load_params, load_preset, read_yaml, validate_params
+from chatloom.errors import InputError
+from tests.conftest import ROOT
+
+DEFAULT = ROOT / "params.yaml"
+PRESETS = sorted((ROOT / "params").glob("*.yaml"))
+
+
+def test_the_presets_that_are_promised_exist() -> None:
+    assert {path.stem for path in PRESETS} >= {"smoke", "alpaca-104k", "llama-7b", "llama-13b"}
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_is_valid_and_changes_something(preset: Path) -> None:
+    assert load_preset(preset, DEFAULT) != read_yaml(DEFAULT)
+
+
+def test_the_llama_7b_preset_is_the_published_recipe() -> None:
+    params = validate_params(load_preset(ROOT / "params/llama-7b.yaml", DEFAULT), "llama-7b")
+    sft = params.train_sft
+    assert (sft.optimizer.lr, sft.batch_size, sft.accumulation_steps) == (2e-5, 4, 8)
+    assert (sft.parallel.strategy, sft.parallel.num_processes) == ("colossalai_zero2", 4)
+    assert params.train_ppo.parallel.num_processes == 8
+    assert params.quantize.group_size == 128
+
+
+def test_a_preset_overrides_single_keys_and_replaces_lists_and_other_kinds(tmp_path: Path) -> None:
+    preset = tmp_path / "mine.yaml"
+    preset.write_text(
+        "train_sft: {optimizer: {lr: 0.5}}\nbase_model: {source: {kind: path, path: /m}, stop_tokens: [</s>]}\n",
+        encoding="utf-8",
+    )
+    merged, default = load_preset(preset, DEFAULT), read_yaml(DEFAULT)
+    assert merged["train_sft"]["optimizer"] == default["train_sft"]["optimizer"] | {"lr": 0.5}
+    assert merged["base_model"]["source"] == {"kind": "path", "path": "/m"}
+    assert merged["base_model"]["stop_tokens"] == ["</s>"]
+
+
+def set_in(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    changed = copy.deepcopy(values)
+    *path, last = key.split(".")
+    inside: Any = changed
+    for part in path:
+        inside = inside[int(part)] if isinstance(inside, list) else inside[part]
+    inside[last] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train_ppo.clip_rang", 0.1, "p.yaml: train_ppo.clip_rang: unknown key; did you mean 'clip_range'?"),
+        ("train_sftt", {}, "p.yaml: train_sftt: unknown key; did you mean 'train_sft'?"),
+        ("raw_data.sources.0.pathh", "x", "p.yaml: raw_data.sources.0.pathh: unknown key; did you mean 'path'?"),
+        ("base_model.source.shasum", "x", "p.yaml: base_model.source.shasum: unknown key"),
+        ("train_sft.optimizer.lr", "fast", "p.yaml: train_sft.optimizer.lr = 'fast': input should be a valid number"),
+        ("train_sft.batch_size", 0, "p.yaml: train_sft.batch_size = 0: input should be greater than 0"),
+        ("train_sft.batch_size", 2.5, "p.yaml: train_sft.batch_size = 2.5: input should be a valid integer"),
+        ("train_ppo.num_minibatches", 5, "num_minibatches = 5 does not divide rollout_batch = 16"),
+        ("train_ppo.ptx_batch", 0, "p.yaml: train_ppo: ptx_coef above 0 needs a ptx_batch above 0"),
+        ("train_sft.parallel.num_processes", 4, "needs a parallel.strategy other than 'none'"),
+        ("quantize.bits", 5, "p.yaml: quantize.bits = 5: input should be 2, 3, 4 or 8"),
+        ("prepare_data.split_weights", {"sft": 1}, "split_weights lacks ['eval', 'ppo', 'ptx', 'reward']"),
+        ("register.gates.0.min", None, "gate on 'reward/accuracy' has neither min nor max"),
+        ("raw_data.sources.0.hf", "a/b:train", "source 'starter' needs exactly one of path, url, hf"),
+    ],
+)
+def test_bad_values_name_key_value_and_remedy(key: str, value: Any, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        validate_params(set_in(read_yaml(DEFAULT), key, value), "p.yaml")
+    assert message in str(caught.value)
+
+
+def test_a_missing_key_is_named() -> None:
+    values = read_yaml(DEFAULT)
+    del values["train_ppo"]["kl"]["target"]
+    with pytest.raises(InputError, match=r"train_ppo\.kl\.target: missing"):
+        validate_params(values, "p.yaml")
+
+
+def test_every_error_is_listed_and_not_only_the_first() -> None:
+    values = set_in(set_in(read_yaml(DEFAULT), "quantize.bits", 5), "evaluate.seedd", 1)
+    with pytest.raises(InputError) as caught:
+        validate_params(values, "p.yaml")
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [1", "not valid YAML"), ("- 1\n", "expected a mapping of sections, found list"), (None, "no such file")],
+)
+def test_unreadable_files_are_named(text: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        load_params(path)
+
+
+def test_every_value_has_one_home() -> None:
+    """No field has a default in code, but a data source's place: it is one of three, so those may be absent."""
+    from chatloom import config
+
+    optional = {"path", "url", "sha256", "hf"}
+    for section in vars(config).values():
+        if isinstance(section, type) and issubclass(section, config.Section):
+            for name, field in section.model_fields.items():
+                assert field.is_required() or (section is config.DataSource and name in optional), (section, name)
+
+
+def test_yaml_numbers_in_scientific_notation_are_numbers() -> None:
+    # YAML 1.1 reads 1e-5 as text; the files write 1.0e-5.
+    for path in (DEFAULT, *PRESETS):
+        text = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert "e-" not in " ".join(value for value in _strings(text) if value[:1].isdigit())
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [text for inner in value.values() for text in _strings(inner)]
+    if isinstance(value, list):
+        return [text for inner in value for text in _strings(inner)]
+    return [value] if isinstance(value, str) else []
