@@ -1,0 +1,156 @@
+"""What Prefect learns from DVC, on real toy repositories; the functions below the tasks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tasks.dvc import StageFailed, changed_stages, dependencies, downstream, end_tree, reproduce_stage
+from tasks.workspace import Reproduction
+
+log = logging.getLogger("test")
+
+
+@pytest.fixture
+def reproduction(checkout: Path) -> Reproduction:
+    return Reproduction.start("default", checkout)
+
+
+def walk(reproduction: Reproduction) -> dict[str, str]:
+    return {name: reproduce_stage(name, reproduction, log) for name in ("one", "two", "three")}
+
+
+def set_command(checkout: Path, stage: str, command: str) -> None:
+    pipeline = yaml.safe_load((checkout / "dvc.yaml").read_text())
+    pipeline["stages"][stage]["cmd"] = command
+    (checkout / "dvc.yaml").write_text(yaml.safe_dump(pipeline, sort_keys=False))
+
+
+def test_the_graph_is_that_of_dvc(checkout: Path, tmp_path: Path) -> None:
+    # Named alike from wherever we look: the current folder is not the repository's.
+    assert Path.cwd() != checkout
+    assert dependencies(checkout) == {"one": [], "two": ["one"], "three": ["two"]}
+
+
+def test_downstream_reaches_through_the_graph() -> None:
+    needs = {"a": [], "b": ["a"], "c": ["b"], "d": ["a", "c"], "e": []}
+    assert downstream({"b"}, needs) == {"b", "c", "d"}
+    assert downstream(set(), needs) == set()
+
+
+def test_outcomes_follow_the_work(checkout: Path, reproduction: Reproduction) -> None:
+    assert changed_stages(reproduction) == {"one", "two", "three"}
+    assert walk(reproduction) == {"one": "ran", "two": "ran", "three": "ran"}
+    assert changed_stages(reproduction) == set()
+    assert walk(reproduction) == {"one": "unchanged", "two": "unchanged", "three": "unchanged"}
+
+    (checkout / "input.txt").write_text("input.txt\nand a second line\n")
+    # Whether `three` has work to do shows only after `two` has run: it is asked, and has none.
+    assert changed_stages(reproduction) == {"one", "two", "three"}
+    assert walk(reproduction) == {"one": "ran", "two": "ran", "three": "unchanged"}
+
+    (checkout / "input.txt").write_text("input.txt\n")
+    assert walk(reproduction) == {"one": "cached", "two": "cached", "three": "unchanged"}
+
+
+def test_a_change_in_a_workspace_is_named_as_in_the_checkout(checkout: Path) -> None:
+    reproduction = Reproduction.start("tiny", checkout)
+    walk(reproduction)
+    (checkout / "input.txt").write_text("changed\n")
+    assert changed_stages(Reproduction.start("tiny", checkout)) == {"one", "two", "three"}
+
+
+def test_lines_come_live_and_stderr_with_them(
+    checkout: Path, reproduction: Reproduction, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The stage waits for the file that is made when its first line arrives.
+    flag = checkout / "flag"
+    wait = f"for i in $(seq 500); do test -e {flag} && break; sleep 0.02; done; test -e {flag}"
+    set_command(checkout, "one", f"echo ready; {wait} && echo to stderr >&2 && mkdir -p out && touch out/one.txt")
+
+    class Touch(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage() == "ready":
+                flag.touch()
+
+    logger = logging.getLogger("live")
+    logger.addHandler(Touch())
+    with caplog.at_level(logging.INFO):
+        assert reproduce_stage("one", reproduction, logger) == "ran"
+    assert "to stderr" in caplog.messages
+
+
+def test_a_stage_that_imitates_dvc_does_not_mislead(checkout: Path, reproduction: Reproduction) -> None:
+    set_command(checkout, "one", "echo \"Stage 'one' didn't change, skipping\" && mkdir -p out && touch out/one.txt")
+    assert reproduce_stage("one", reproduction, log) == "ran"
+
+
+def test_a_long_line_is_cut(checkout: Path, reproduction: Reproduction, caplog: pytest.LogCaptureFixture) -> None:
+    set_command(checkout, "one", "head -c 100000 /dev/zero | tr '\\0' x && echo && mkdir -p out && touch out/one.txt")
+    with caplog.at_level(logging.INFO):
+        reproduce_stage("one", reproduction, log)
+    assert max(map(len, caplog.messages)) < 5000
+    assert sum("(100000 characters)" in line for line in caplog.messages) == 1
+
+
+def test_a_failure_ends_with_the_last_lines(checkout: Path, reproduction: Reproduction) -> None:
+    set_command(checkout, "one", "seq 100 && echo train_sft: lr = 0 is too small >&2 && exit 3")
+    with pytest.raises(StageFailed, match=r"stage one in .* ended with status 255") as failed:
+        reproduce_stage("one", reproduction, log)
+    message = str(failed.value)
+    assert "train_sft: lr = 0 is too small" in message
+    assert "exited with 3" in message
+    assert "\n80\n" not in message
+
+
+def test_a_broken_pipeline_says_so(checkout: Path, reproduction: Reproduction) -> None:
+    (checkout / "dvc.yaml").write_text("stages: [\n")
+    with pytest.raises(StageFailed, match=r"dvc status in .* ended with status"):
+        changed_stages(reproduction)
+
+
+def test_no_stage_outlives_whoever_ran_it(checkout: Path, reproduction: Reproduction) -> None:
+    """SIGTERM to the runner alone: DVC and the stage's own child end too."""
+    set_command(checkout, "one", "echo $$ > pid; sleep 300; true")
+    script = (
+        "import logging, signal, sys; from pathlib import Path\n"
+        "from tasks.dvc import reproduce_stage\nfrom tasks.workspace import Reproduction\n"
+        "import tasks.dvc; tasks.dvc.SECONDS_OF_GRACE = 0.1\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n"
+        "reproduce_stage('one', Reproduction.start('default', Path.cwd()), logging.getLogger())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    runner = subprocess.Popen([sys.executable, "-c", script], cwd=checkout, env=environment)
+    deadline = time.monotonic() + 60
+    while not ((checkout / "pid").exists() and (checkout / "pid").read_text().strip()):
+        assert runner.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    stage = psutil.Process(int((checkout / "pid").read_text()))
+    tree = [stage, *stage.children(recursive=True)]
+    runner.terminate()
+    assert runner.wait(timeout=60) == 1
+    _, alive = psutil.wait_procs(tree, timeout=10)
+    assert alive == []
+
+
+def test_a_whole_tree_ends() -> None:
+    shell = subprocess.Popen(
+        ["bash", "-c", "trap '' TERM; sleep 300 & sleep 300 & echo up; wait"], stdout=subprocess.PIPE
+    )
+    assert shell.stdout is not None
+    shell.stdout.readline()
+    tree = psutil.Process(shell.pid).children(recursive=True)
+    assert len(tree) == 2
+    end_tree(shell.pid, seconds=0.5)
+    shell.wait(timeout=10)
+    _, alive = psutil.wait_procs(tree, timeout=10)
+    assert alive == []
