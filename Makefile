@@ -25,7 +25,7 @@ flow: .venv/.installed ## The same as a Prefect flow, one task a stage (PRESET=.
 ui: .venv/.installed ## MLflow's UI, Prefect's server, a worker and the deployment, until Ctrl-C
 	@exec python -m flows.ui --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
 
-serve: .venv/.installed ## Serve the champion over OpenAI's API, with a web page
+serve: .venv/.installed ## Serve the champion over OpenAI's API
 	@exec chatloom serve
 
 chat: .venv/.installed ## Talk to the champion in the terminal
