@@ -19,6 +19,8 @@ from chatloom.progress import progress
 
 Log = Callable[[int, Mapping[str, float]], None]
 
+REFERENCE_PROMPTS = 200
+
 
 def ranking_loss(
     scores: Tensor, better: Tensor, worse: Tensor, weights: Tensor, margin: float = 0.0, centering: float = 0.0
@@ -83,20 +85,18 @@ def accuracy(margins: Sequence[Sequence[float]]) -> float:
 def normalize(reward_model: Role, comparisons: Sequence[Comparison], device: torch.device) -> int:
     """Set the head's gain and bias so that reference responses score mean 0, std 1; how many there were.
 
-    Reference responses are those the SFT model sampled; without any, all responses stand in.
+    Reference responses are those the SFT model sampled; without any, all responses stand in. `REFERENCE_PROMPTS` of
+    either are enough for a mean and a standard deviation.
     """
     assert reward_model.head is not None
-    sampled, every = [], []
-    for rows in chunks(comparisons, 2):
+    sampled = [comparison for comparison in comparisons if SAMPLED in comparison.origins]
+    reference = []
+    for rows in chunks((sampled or comparisons)[:REFERENCE_PROMPTS], 2):
         for comparison, scores in zip(rows, score_comparisons(reward_model, rows, device), strict=True):
-            every.append(scores)
-            keep = [origin == SAMPLED for origin in comparison.origins]
-            sampled.append(scores[torch.tensor(keep, device=device)])
-    reference = torch.cat(sampled)
-    if len(reference) < 2:
-        reference = torch.cat(every)
-    reward_model.head.normalize(reference)
-    return len(reference)
+            keep = [not sampled or origin == SAMPLED for origin in comparison.origins]
+            reference.append(scores[torch.tensor(keep, device=device)])
+    reward_model.head.normalize(torch.cat(reference))
+    return sum(map(len, reference))
 
 
 def train_reward(

@@ -27,7 +27,7 @@ def main() -> None:
         torch.manual_seed(params.seed)
         model = load_on(SFT, device).model
         if params.activation_checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
             model.train()
         head = ScalarHead(model.config.hidden_size, torch.Generator().manual_seed(params.seed)).to(device.device)
         reward_model = Role(model, None, head)

@@ -30,7 +30,7 @@ def main() -> None:
         torch.manual_seed(params.seed)
         model = load_on(BASE, device).model
         if params.activation_checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
             model.train()
         policy = Role(model)
         if params.method == "lora":

@@ -1,0 +1,104 @@
+"""The whole DAG on the smoke preset, as its user runs it: twice, then after an edit, then back."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.smoke
+TRAINING = {"base_model", "raw_data", "prepare_data", "train_sft", "compare", "train_reward", "train_ppo", "quantize"}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone of what is here, edits included, with a DVC cache and an MLflow store of its own."""
+    folder = tmp_path_factory.mktemp("dag") / "checkout"
+    names = subprocess.run(
+        ["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    (folder / "dvc.lock").unlink(missing_ok=True)
+    for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "t"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+    return folder
+
+
+def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "CHATLOOM_"))}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def reproduce(checkout: Path) -> set[str]:
+    """Names of the stages that ran."""
+    done = python("-m", "tasks.reproduce", "--preset", "smoke", cwd=checkout)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return set(re.findall(r"^Running stage '(\w+)'", done.stdout, re.MULTILINE))
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_the_dag_from_data_to_champion_and_back(checkout: Path) -> None:
+    assert reproduce(checkout) == TRAINING | {"evaluate", "register"}
+    workspace = checkout / "workspaces/smoke"
+    metrics = {path.stem: json.loads(path.read_text()) for path in (workspace / "metrics").glob("*.json")}
+    assert set(metrics) == TRAINING | {"evaluate", "register"}
+    assert metrics["train_sft"]["eval"]["loss_en"] < metrics["train_sft"]["eval"]["loss_en_before"]
+    assert metrics["register"]["champion"] == 1.0
+    assert (workspace / "reports/report.html").stat().st_size > 50_000
+
+    assert reproduce(checkout) == set(), "nothing changed"
+
+    edit(checkout / "params/smoke.yaml", "  num_steps: 2\n", "  num_steps: 1\n")
+    assert reproduce(checkout) == {"train_ppo", "quantize", "evaluate", "register"}
+    edit(checkout / "params/smoke.yaml", "  num_steps: 1\n", "  num_steps: 2\n")
+    assert reproduce(checkout) == set(), "the run cache has it"
+
+    with (checkout / "chatloom/serving/api.py").open("a", encoding="utf-8") as api:
+        api.write("# a change to serving\n")
+    assert not reproduce(checkout) & TRAINING
+
+    runs = python(
+        "-c",
+        "import mlflow; mlflow.set_tracking_uri('sqlite:///mlflow.db')\n"
+        "r = mlflow.search_runs(search_all_experiments=True)\n"
+        "kids = r[r['tags.mlflow.parentRunId'].notna()]\n"
+        "v = mlflow.MlflowClient().get_model_version_by_alias('chatloom-smoke', 'champion')\n"
+        "print(len(kids), set(r.status), v.tags['git.revision'], v.version)",
+        cwd=checkout,
+    )
+    assert runs.returncode == 0, runs.stderr[-2000:]
+    count, status, revision, version = runs.stdout.split()
+    assert (int(count), status, version) == (14, "{'FINISHED'}", "2")
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True, check=True)
+    assert revision == head.stdout.strip()
+
+
+def test_bad_input_is_one_line_and_no_half_written_out(checkout: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bad"
+    shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns("workspaces", ".dvc", ".git", "mlruns"))
+    edit(folder / "params.yaml", "path: data/starter/*.jsonl", "path: data/none/*.jsonl")
+    done = python("-m", "stages.raw_data", cwd=folder)
+    assert done.returncode == 1
+    assert "raw_data.sources[0].path = 'data/none/*.jsonl': no file matches" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (folder / "data/raw").exists()
+    assert not list((folder / "data").glob(".raw*"))
