@@ -12,6 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 INK, SERIES = "#1f2933", ("#2563eb", "#d97706", "#059669", "#be185d")
 
@@ -71,6 +72,7 @@ def _draw(curve: Curve, plots: Path) -> str | None:
     for color, (column, points) in zip(SERIES, lines.items(), strict=False):
         steps, values = zip(*points, strict=True)
         axes.plot(steps, values, color=color, label=column, linewidth=1.6, marker="." if len(points) < 30 else None)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel(curve.y_label, color=INK)
     axes.grid(color="#e5e7eb", linewidth=0.6)
