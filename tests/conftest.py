@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,6 +26,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SOURCE = RandomSource(kind="random", hidden_size=32, num_layers=2, num_heads=4, vocab_size=300, seed=0)
 CPU = Device(torch.device("cpu"), torch.float32)
 
+
+# A shell that starts the tests in the background makes them ignore Ctrl-C, and so every process that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tiny tensors gain nothing from threads, and threads that wait for each other lose much on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
