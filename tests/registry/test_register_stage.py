@@ -22,7 +22,7 @@ METRICS = {
     "reward": {"accuracy": 0.8},
     "perplexity": {"quantized_ratio": 1.1},
     "ppo": {"kl": 9.0},
-    "win_rate": {"mean": 0.5},
+    "win_rate": {"mean": 0.5, "high": 0.6},
 }
 
 
