@@ -169,6 +169,8 @@ class Lora(Section):
     alpha: Positive
     target_modules: Annotated[list[str], Field(min_length=1)]
     """Names of the linear layers that get an adapter."""
+    layers: Positive | None
+    """Adapt the last so many layers only; null adapts all. What lies below them is computed once for all roles."""
 
 
 class Parallel(Section):

@@ -61,7 +61,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def lora() -> Lora:
-    return Lora(rank=4, alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
+    return Lora(rank=4, alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], layers=None)
 
 
 @pytest.fixture

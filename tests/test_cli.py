@@ -6,32 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import GenerationConfig
 from typer.testing import CliRunner, Result
 
 from chatloom.cli import app
-from chatloom.config import RandomSource
 from chatloom.models.generation import Sampling
-from chatloom.models.tiny import random_llama
 from chatloom.serving.engine import Engine, Message
 
 ROOT = Path(__file__).parents[1]
 SAMPLING = Sampling(max_new_tokens=8, temperature=0.0)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    source = RandomSource(kind="random", hidden_size=32, num_layers=1, num_heads=2, vocab_size=300, seed=3)
-    model, tokenizer = random_llama(source)
-    tokenizer.chat_template = (ROOT / "data" / "templates" / "chatml.jinja").read_text(encoding="utf-8")
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    settings = GenerationConfig(eos_token_id=[tokenizer.eos_token_id], pad_token_id=tokenizer.pad_token_id)
-    settings.save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -200,9 +200,9 @@ def test_two_adapters_on_one_backbone_do_not_meet(chat: ChatModel, lora: Lora) -
     assert chat.model.model.layers[0].self_attn.q_proj.base_layer.weight.grad is None
 
 
-def test_unknown_target_module_is_named(chat: ChatModel) -> None:
+def test_unknown_target_module_is_named(chat: ChatModel, lora: Lora) -> None:
     with pytest.raises(InputError, match=r"lora\.target_modules: the model has no linear layer 'qq_proj'"):
-        add_adapter(chat.model, "policy", Lora(rank=2, alpha=2, target_modules=["qq_proj"]), seed=0)
+        add_adapter(chat.model, "policy", lora.model_copy(update={"target_modules": ["qq_proj"]}), seed=0)
 
 
 def test_head_normalisation_by_hand() -> None:

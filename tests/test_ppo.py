@@ -27,7 +27,7 @@ from chatloom.ppo.kl import KlController
 from chatloom.ppo.loop import train_ppo
 from chatloom.ppo.losses import policy_loss, value_loss
 from chatloom.ppo.roles import Roles, load_roles
-from chatloom.tensors import entropies, gather_logprobs, lengths_mask, masked_mean, whiten
+from chatloom.tensors import gather_logprobs, lengths_mask, logprobs_and_entropies, masked_mean, whiten
 from tests.conftest import CPU
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14, 15]]
@@ -94,9 +94,9 @@ def test_masked_mean_and_whiten_see_only_the_mask() -> None:
 def test_logprobs_and_entropy_divide_by_the_temperature() -> None:
     hidden, head = torch.tensor([[1.0]]), torch.tensor([[0.0], [math.log(2.0)]])
     # Logits 0 and log 2; at temperature 0.5 the odds are squared: 1 to 4.
-    assert float(gather_logprobs(hidden, head, torch.tensor([1]), 0.5)) == pytest.approx(math.log(0.8))
-    expected = -(0.8 * math.log(0.8) + 0.2 * math.log(0.2))
-    assert float(entropies(hidden, head, 0.5)) == pytest.approx(expected)
+    logprobs, entropies = logprobs_and_entropies(hidden, head, torch.tensor([1]), 0.5)
+    assert float(logprobs) == pytest.approx(math.log(0.8))
+    assert float(entropies) == pytest.approx(-(0.8 * math.log(0.8) + 0.2 * math.log(0.2)))
 
 
 def test_chunked_logits_change_neither_values_nor_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,7 +417,7 @@ def test_ppo_reaches_the_optimum_of_a_toy(chat_roles: Roles, lora: Lora, optimiz
 @pytest.fixture
 def chat_roles(checkpoint: Path) -> Roles:
     class FirstTokenReward(Role):
-        def scores(self, packed: object) -> Tensor:
+        def scores(self, packed: object, below: object = None) -> Tensor:
             targets = packed.targets.split(packed.num_predicted)  # type: ignore[attr-defined]
             return torch.tensor([float(int(row[0]) % 10 == 2) for row in targets])
 

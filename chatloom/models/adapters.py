@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from chatloom.config import Lora
 from chatloom.errors import InputError
 from chatloom.models.head import ScalarHead
+from chatloom.models.trunk import Below, run_above, run_below
 from chatloom.packing import Packed
-from chatloom.tensors import entropies, gather_logprobs
+from chatloom.tensors import gather_logprobs, logprobs_and_entropies
 
 
 @dataclass(frozen=True)
@@ -28,39 +29,47 @@ class Role:
     adapter: str | None = None
     head: ScalarHead | None = None
 
-    def hidden(self, packed: Packed) -> Tensor:
+    def hidden(self, packed: Packed, below: Below | None = None) -> Tensor:
         """(T, H) the trunk's last hidden states.
 
         The adapter stays on afterwards: a backward pass, which recomputes checkpointed layers, must find it.
+
+        Args:
+            below: of this pack, where a role on the same backbone has been through its lower layers already.
         """
         use_adapter(self.model, self.adapter)
+        if below is None or below.model is not self.model:
+            below = run_below(self.model, packed)
+        if below is not None:
+            return run_above(below, packed)
         output = self.model.model(
             input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, lengths=packed.lengths
         )
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
 
-    def logprobs(self, packed: Packed, temperature: float = 1.0) -> Tensor:
+    def logprobs(self, packed: Packed, temperature: float = 1.0, below: Below | None = None) -> Tensor:
         """(N) float32 log-probabilities of the predicted tokens."""
-        hidden = self.hidden(packed)[packed.predictors]
+        hidden = self.hidden(packed, below)[packed.predictors]
         return gather_logprobs(hidden, self.model.lm_head.weight, packed.targets, temperature)
 
-    def logprobs_and_entropy(self, packed: Packed, temperature: float) -> tuple[Tensor, Tensor]:
+    def logprobs_and_entropy(
+        self, packed: Packed, temperature: float, below: Below | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(N) and (N); no gradient flows through the entropy."""
-        hidden = self.hidden(packed)[packed.predictors]
-        head = self.model.lm_head.weight
-        return gather_logprobs(hidden, head, packed.targets, temperature), entropies(hidden, head, temperature)
+        hidden = self.hidden(packed, below)[packed.predictors]
+        return logprobs_and_entropies(hidden, self.model.lm_head.weight, packed.targets, temperature)
 
-    def scores(self, packed: Packed) -> Tensor:
+    def scores(self, packed: Packed, below: Below | None = None) -> Tensor:
         """(B) float32, one score a sequence, read at its last token."""
         assert self.head is not None
-        scores: Tensor = self.head(self.hidden(packed)[packed.last])
+        scores: Tensor = self.head(self.hidden(packed, below)[packed.last])
         return scores
 
-    def values(self, packed: Packed) -> Tensor:
+    def values(self, packed: Packed, below: Below | None = None) -> Tensor:
         """(N) float32, V before each predicted token."""
         assert self.head is not None
-        values: Tensor = self.head(self.hidden(packed)[packed.predictors])
+        values: Tensor = self.head(self.hidden(packed, below)[packed.predictors])
         return values
 
     def parameters(self) -> list[nn.Parameter]:
@@ -86,8 +95,18 @@ def add_adapter(model: nn.Module, name: str, lora: Lora, seed: int) -> None:
     unknown = sorted(set(lora.target_modules) - names)
     if unknown:
         raise InputError(f"lora.target_modules: the model has no linear layer {unknown[0]!r}; it has {sorted(names)}")
+    num_layers = cast("int", cast(Any, model).config.num_hidden_layers)
+    if lora.layers is not None and lora.layers > num_layers:
+        raise InputError(
+            f"lora.layers = {lora.layers}: the model has {num_layers} layers; give at most so many, or null"
+        )
     config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=list(lora.target_modules), bias="none"
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        target_modules=list(lora.target_modules),
+        layers_to_transform=None if lora.layers is None else list(range(num_layers - lora.layers, num_layers)),
+        bias="none",
     )
     # PEFT would try its backends for quantized layers first, and import gptqmodel (20 s) to ask.
     config._register_custom_module({nn.Linear: LoraLinear})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from chatloom.config import TrainPpoParams
 from chatloom.data.examples import Example
 from chatloom.models.adapters import use_adapter
 from chatloom.models.generation import Sampling, generate
-from chatloom.packing import pack
+from chatloom.models.trunk import Below, run_below
+from chatloom.packing import Packed, pack
 from chatloom.ppo import kl
 from chatloom.ppo.advantages import gae, token_rewards
 from chatloom.ppo.roles import Roles
@@ -54,6 +56,15 @@ class Experience:
     """(B, R) whitened over the whole rollout"""
     returns: Tensor
     """(B, R)"""
+    below: list[Tensor] | None
+    """Of each sequence (P + R, H), what the frozen lower layers of the shared backbone made of it."""
+
+    def pack(self, rows: Sequence[int], backbone: Any) -> tuple[Packed, Below | None]:
+        """Some sequences in one pack, with what is known of it already."""
+        packed = pack([self.examples[i] for i in rows], self.response_mask.device)
+        if self.below is None:
+            return packed, None
+        return packed, Below(backbone, torch.cat([self.below[i] for i in rows])[None])
 
     def metrics(self) -> dict[str, float]:
         lengths = self.response_mask.sum(1).float()
@@ -92,13 +103,15 @@ def roll_out(roles: Roles, prompts: Sequence[list[int]], params: TrainPpoParams,
 def make_experience(roles: Roles, rollout: Rollout, params: TrainPpoParams, kl_coef: float) -> Experience:
     """Score the rollout with every role and turn it into advantages."""
     device = roles.chat.device
-    old, ref, values, scores = [], [], [], []
+    old, ref, values, scores, lower = [], [], [], [], []
     for examples in chunks(rollout.examples, params.batch_size):
         packed = pack(examples, device)
-        old += roles.policy.logprobs(packed, params.temperature).split(packed.num_predicted)
-        ref += roles.ref_policy.logprobs(packed, params.temperature).split(packed.num_predicted)
-        values += roles.value_model.values(packed).split(packed.num_predicted)
-        scores.append(roles.reward_model.scores(packed))
+        below = run_below(roles.policy.model, packed)
+        old += roles.policy.logprobs(packed, params.temperature, below).split(packed.num_predicted)
+        ref += roles.ref_policy.logprobs(packed, params.temperature, below).split(packed.num_predicted)
+        values += roles.value_model.values(packed, below).split(packed.num_predicted)
+        scores.append(roles.reward_model.scores(packed, below))
+        lower += below.split(packed.lengths) if below is not None else []
     lengths = torch.tensor([len(response) for response in rollout.responses], device=device)
     mask = lengths_mask(lengths, int(lengths.max()))
     old_logprobs, ref_logprobs, old_values = (
@@ -120,4 +133,5 @@ def make_experience(roles: Roles, rollout: Rollout, params: TrainPpoParams, kl_c
         penalties=penalties,
         advantages=whiten(advantages, mask),
         returns=returns,
+        below=lower or None,
     )

@@ -126,17 +126,16 @@ def _backward_ppo(
     step: int,
 ) -> None:
     """Gradients of policy and value for some rows of a minibatch of `num_tokens` response tokens."""
-    device = experience.response_mask.device
-    packed = pack([experience.examples[i] for i in rows], device)
+    packed, below = experience.pack(rows, roles.policy.model)
     mask = experience.response_mask[rows]
     old_logprobs, advantages = experience.old_logprobs[rows][mask], experience.advantages[rows][mask]
 
     # One backward a role, right after its forward: both may live on one backbone, where one adapter is on at a time.
-    logprobs, entropy = roles.policy.logprobs_and_entropy(packed, params.temperature)
+    logprobs, entropy = roles.policy.logprobs_and_entropy(packed, params.temperature, below)
     policy = policy_loss(logprobs, old_logprobs, advantages, params.clip_range)
     _backward(policy.loss / num_tokens, 1.0, totals, "policy/loss", step)
 
-    values = roles.value_model.values(packed)
+    values = roles.value_model.values(packed, below)
     value = value_loss(values, experience.values[rows][mask], experience.returns[rows][mask], params.value_clip_range)
     _backward(value.loss / num_tokens, params.vf_coef, totals, "value/loss", step)
 
