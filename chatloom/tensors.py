@@ -92,15 +92,15 @@ class _LinearLogprobs(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return (gradient * weights).to(hidden.dtype), None, None, None, None
         hidden_grad = torch.empty_like(hidden)
-        head_grad = torch.zeros_like(head, dtype=torch.float32)
+        head_grad = torch.zeros_like(head)
         for rows in _chunk_slices(len(targets)):
             probabilities = torch.softmax(_scaled_logits(hidden[rows], head, ctx.temperature), dim=-1)
             logits_grad = probabilities.mul_(-weights[rows] / ctx.temperature)
             logits_grad.scatter_add_(1, targets[rows, None], weights[rows] / ctx.temperature)
             logits_grad = logits_grad.to(head.dtype)
             hidden_grad[rows] = logits_grad @ head
-            head_grad += logits_grad.T @ hidden[rows]
-        return hidden_grad, head_grad.to(head.dtype), None, None, None
+            head_grad.addmm_(logits_grad.T, hidden[rows])
+        return hidden_grad, head_grad, None, None, None
 
 
 def _chunk_slices(count: int) -> list[slice]:
