@@ -125,7 +125,7 @@ def _answer(
     seed: int | None,
 ) -> str:
     """Print the answer as it comes; Ctrl-C ends it there."""
-    from chatloom.models.generation import Sampling
+    from chatloom.models.sampling import Sampling
 
     prompt_ids = engine.encode(messages)
     sampling = Sampling(engine.room(prompt_ids, max_tokens), temperature, top_p)

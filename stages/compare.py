@@ -11,7 +11,8 @@ from chatloom.data.prepared import PreparedRow, read_split
 from chatloom.device import resolve_device
 from chatloom.errors import InputError
 from chatloom.models.checkpoint import ChatModel, load_on
-from chatloom.models.generation import Sampling, generate
+from chatloom.models.generation import generate
+from chatloom.models.sampling import Sampling
 from chatloom.progress import progress
 from stages.run import StageRun, stage
 
@@ -63,7 +64,6 @@ def sample_and_rank(rows: list[PreparedRow], chat: ChatModel, params: ComparePar
             prompts,
             Sampling(params.max_new_tokens, params.temperature),
             stop_ids=chat.stop_ids,
-            pad_id=chat.pad_id,
             generator=torch.Generator().manual_seed(params.seed),
             batch_size=params.generation_batch,
             on_done=advance,

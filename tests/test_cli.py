@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from chatloom.cli import app
-from chatloom.models.generation import Sampling
+from chatloom.models.sampling import Sampling
 from chatloom.serving.engine import Engine, Message
 
 ROOT = Path(__file__).parents[1]

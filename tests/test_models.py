@@ -1,4 +1,4 @@
-"""Base models, adapters, heads, generation."""
+"""Base models, adapters, heads."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from chatloom.errors import InputError
 from chatloom.models.adapters import Role, adapter_parameters, add_adapter, merge_adapter, use_adapter
 from chatloom.models.base import make_base_model
 from chatloom.models.checkpoint import ChatModel, load_causal_lm, load_on
-from chatloom.models.generation import Sampling, generate, sample, stream_tokens
 from chatloom.models.head import ScalarHead
-from chatloom.models.reward_model import ADAPTER, load_reward_model, save_reward_model
+from chatloom.models.reward_model import ADAPTER, load_reward_model, read_probes, save_reward_model
 from chatloom.packing import pack
 from tests.conftest import CPU, ROOT, SOURCE
 
@@ -185,6 +184,15 @@ def test_merged_equals_unmerged(chat: ChatModel, lora: Lora) -> None:
     torch.testing.assert_close(Role(merged).logprobs(pack(EXAMPLES)), expected, atol=1e-4, rtol=0)
 
 
+def test_adapters_have_no_dropout(chat: ChatModel, lora: Lora) -> None:
+    """Not even in training mode: two passes would not have the same logprobs, and no ratio would be 1."""
+    add_adapter(chat.model, "policy", lora, seed=1)
+    policy = Role(chat.model, "policy")
+    train_a_little(policy)
+    chat.model.train()
+    assert torch.equal(policy.logprobs(pack(EXAMPLES)), policy.logprobs(pack(EXAMPLES)))
+
+
 def test_two_adapters_on_one_backbone_do_not_meet(chat: ChatModel, lora: Lora) -> None:
     separate = copy.deepcopy(chat.model)
     add_adapter(chat.model, "policy", lora, seed=1)
@@ -232,7 +240,11 @@ def test_reward_head_survives_lora_save_load_and_merge(checkpoint: Path, lora: L
     role.head.normalize(torch.tensor([0.3, 0.9, 2.0]))
     expected = role.scores(pack(EXAMPLES)).detach()
     tmp_path.joinpath("reward").mkdir()
-    save_reward_model(tmp_path / "reward", role, lora, checkpoint)
+    probes = [example.input_ids for example in EXAMPLES]
+    save_reward_model(tmp_path / "reward", role, lora, checkpoint, probes)
+    sequences, recorded = read_probes(tmp_path / "reward")
+    assert sequences == probes
+    assert recorded == pytest.approx(expected.tolist(), abs=1e-5)
 
     loaded, shape = load_reward_model(tmp_path / "reward", CPU, sft=checkpoint)
     assert shape == lora
@@ -251,55 +263,9 @@ def test_fully_trained_reward_model_round_trip(checkpoint: Path, tmp_path: Path)
     save_reward_model(tmp_path / "reward", role, None, checkpoint)
     loaded, shape = load_reward_model(tmp_path / "reward", CPU)
     assert shape is None
+    with pytest.raises(InputError, match="it records no scores to compare with"):
+        read_probes(tmp_path / "reward")
     torch.testing.assert_close(loaded.scores(pack(EXAMPLES)), role.scores(pack(EXAMPLES)), atol=0, rtol=0)
-
-
-# --- generation (rules 2, 3) ---
-
-
-def greedy_oracle(chat: ChatModel, prompt: list[int], limit: int) -> list[int]:
-    """No cache, no batch: the likeliest token after the whole sequence, again and again."""
-    model = copy.deepcopy(chat.model)
-    model.set_attn_implementation("eager")
-    ids = list(prompt)
-    for _ in range(limit):
-        with torch.no_grad():
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-        if ids[-1] in chat.stop_ids:
-            break
-    return ids[len(prompt) :]
-
-
-def test_padded_batches_decode_what_each_prompt_decodes_alone(chat: ChatModel) -> None:
-    prompts = [[5, 6, 7], [8], list(range(10, 30)), [40, 41]]
-    batch = generate(
-        chat.model, prompts, Sampling(12, temperature=0), stop_ids=chat.stop_ids, pad_id=chat.pad_id, batch_size=4
-    )
-    assert batch == [greedy_oracle(chat, prompt, 12) for prompt in prompts]
-    stream = list(stream_tokens(chat.model, prompts[2], Sampling(12, temperature=0), stop_ids=chat.stop_ids))
-    assert stream == batch[2]
-
-
-def test_rows_end_at_their_own_stop_token(chat: ChatModel) -> None:
-    prompts = [[5, 6, 7], [8], [40, 41]]
-    free = generate(chat.model, prompts, Sampling(9, 0), stop_ids=(), pad_id=chat.pad_id)
-    stop = free[1][3]
-    stopped = generate(chat.model, prompts, Sampling(9, 0), stop_ids=(stop,), pad_id=chat.pad_id)
-    for whole, part in zip(free, stopped, strict=True):
-        assert part == (whole[: whole.index(stop) + 1] if stop in whole else whole)
-
-
-def test_samples_follow_the_distribution() -> None:
-    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).expand(20000, 4)
-    generator = torch.Generator().manual_seed(0)
-    counts = torch.bincount(sample(logits, Sampling(1), generator), minlength=4) / 20000
-    torch.testing.assert_close(counts, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.015, rtol=0)
-    # At temperature 0.5 probabilities are squared: 0.25, 0.09, 0.0225, 0.0025 of 0.365.
-    cold = torch.bincount(sample(logits, Sampling(1, temperature=0.5), generator), minlength=4) / 20000
-    torch.testing.assert_close(cold, torch.tensor([0.6849, 0.2466, 0.0616, 0.0068]), atol=0.015, rtol=0)
-    # The smallest set that reaches 0.7 is the first two.
-    nucleus = torch.bincount(sample(logits, Sampling(1, top_p=0.7), generator), minlength=4) / 20000
-    torch.testing.assert_close(nucleus, torch.tensor([0.625, 0.375, 0.0, 0.0]), atol=0.015, rtol=0)
 
 
 def test_use_adapter_without_adapters_is_harmless(chat: ChatModel) -> None:

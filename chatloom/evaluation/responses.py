@@ -14,7 +14,8 @@ from chatloom.data.prepared import PreparedRow
 from chatloom.evaluation.intervals import Interval, bootstrap_mean
 from chatloom.models.adapters import Role
 from chatloom.models.checkpoint import ChatModel
-from chatloom.models.generation import Sampling, generate
+from chatloom.models.generation import generate
+from chatloom.models.sampling import Sampling
 from chatloom.packing import pack
 
 ROWS_AT_ONCE = 4
@@ -35,7 +36,6 @@ def answer(chat: ChatModel, rows: Sequence[PreparedRow], reward_model: Role, par
         [row.prompt_ids for row in rows],
         Sampling(params.max_new_tokens, params.temperature),
         stop_ids=chat.stop_ids,
-        pad_id=chat.pad_id,
         generator=torch.Generator().manual_seed(params.seed),
         batch_size=params.generation_batch,
     )

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from chatloom.config import Lora
+from chatloom.data.examples import Example
 from chatloom.device import Device
 from chatloom.errors import InputError
 from chatloom.files import write_json
 from chatloom.models.adapters import Role, adapter_parameters, add_adapter, load_adapter_state
 from chatloom.models.checkpoint import load_on, save_causal_lm
 from chatloom.models.head import ScalarHead
+from chatloom.packing import pack
 
 ADAPTER = "reward"
 DESCRIPTION = "reward_model.json"
 
 
-def save_reward_model(folder: Path, role: Role, lora: Lora | None, source: Path) -> None:
+def save_reward_model(
+    folder: Path, role: Role, lora: Lora | None, source: Path, probes: Sequence[Sequence[int]] = ()
+) -> None:
     """Write a reward model.
 
     Args:
         lora: of the adapter; None where the whole trunk was trained.
         source: the SFT checkpoint it started from, whose tokenizer it shares.
+        probes: sequences, prompt and response, whose scores are recorded for `read_probes`.
     """
     assert role.head is not None
     save_file(
@@ -36,7 +43,26 @@ def save_reward_model(folder: Path, role: Role, lora: Lora | None, source: Path)
     else:
         state = {name: p.detach().contiguous() for name, p in adapter_parameters(role.model, ADAPTER).items()}
         save_file(state, folder / "adapter.safetensors")
-    write_json(folder / DESCRIPTION, {"lora": lora.model_dump() if lora else None})
+    recorded = {"sequences": [list(ids) for ids in probes], "scores": [_score(role, ids) for ids in probes]}
+    write_json(folder / DESCRIPTION, {"lora": lora.model_dump() if lora else None, "probes": recorded})
+
+
+@torch.no_grad()
+def _score(role: Role, ids: Sequence[int]) -> float:
+    packed = pack([Example(list(ids), [False] * len(ids))], role.model.lm_head.weight.device)
+    return float(role.scores(packed))
+
+
+def read_probes(folder: Path) -> tuple[list[list[int]], list[float]]:
+    """Sequences, and what the reward model scored each when it was saved.
+
+    Raises:
+        InputError: where none were recorded.
+    """
+    saved = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["probes"]
+    if not saved["sequences"]:
+        raise InputError(f"{folder / DESCRIPTION}: it records no scores to compare with; run train_reward again")
+    return saved["sequences"], saved["scores"]
 
 
 def load_reward_model(

@@ -13,7 +13,8 @@ from chatloom.batches import chunks
 from chatloom.config import TrainPpoParams
 from chatloom.data.examples import Example
 from chatloom.models.adapters import use_adapter
-from chatloom.models.generation import Sampling, generate
+from chatloom.models.generation import generate
+from chatloom.models.sampling import Sampling
 from chatloom.models.trunk import Below, run_below
 from chatloom.packing import Packed, pack
 from chatloom.ppo import kl
@@ -91,7 +92,6 @@ def roll_out(roles: Roles, prompts: Sequence[list[int]], params: TrainPpoParams,
         prompts,
         Sampling(params.max_new_tokens, params.temperature),
         stop_ids=roles.chat.stop_ids,
-        pad_id=roles.chat.pad_id,
         generator=generator,
         batch_size=params.generation_batch,
     )

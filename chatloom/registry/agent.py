@@ -12,7 +12,7 @@ from mlflow.pyfunc import ResponsesAgent
 from mlflow.types.responses import ResponsesAgentRequest, ResponsesAgentResponse, ResponsesAgentStreamEvent
 
 from chatloom.errors import InputError
-from chatloom.models.generation import Sampling
+from chatloom.models.sampling import Sampling
 from chatloom.registry.resolve import ARTIFACT
 from chatloom.serving.engine import Engine, Generation, Message
 

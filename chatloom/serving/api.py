@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from chatloom.errors import InputError
-from chatloom.models.generation import Sampling
+from chatloom.models.sampling import Sampling
 from chatloom.serving.engine import ContextLengthError, Engine, Generation
 from chatloom.serving.schema import ChatRequest, RequestError, refuse_unsupported
 

@@ -15,7 +15,8 @@ from chatloom.data.drops import RowFault
 from chatloom.data.templates import encode_prompt
 from chatloom.errors import InputError
 from chatloom.models.checkpoint import load_causal_lm
-from chatloom.models.generation import Sampling, stream_tokens
+from chatloom.models.generation import stream_tokens
+from chatloom.models.sampling import Sampling
 from chatloom.serving.text import StopScanner, TextDecoder
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ import yaml
 
 from chatloom.config import Gate, RegisterParams
 from chatloom.errors import InputError
-from chatloom.models.generation import Sampling
+from chatloom.models.sampling import Sampling
 from chatloom.registry.register import REQUIREMENTS, Registered, register
 from chatloom.registry.resolve import resolve
 from chatloom.serving.engine import Engine, Message
@@ -201,7 +201,7 @@ def test_a_plain_folder_needs_no_mlflow(checkpoint: Path) -> None:
         f"found = resolve({str(checkpoint)!r}); print(found.name, found.version); assert 'mlflow' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["chat-4bit", "None"]
+    assert done.stdout.split() == [checkpoint.name, "None"]
 
 
 def test_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

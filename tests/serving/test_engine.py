@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from chatloom.errors import InputError
-from chatloom.models.generation import Sampling
+from chatloom.models.sampling import Sampling
 from chatloom.serving.engine import Answer, ContextLengthError, Engine, Message
 
 GREEDY = Sampling(max_new_tokens=64, temperature=0.0)
