@@ -11,7 +11,7 @@ PRESET ?= default
 PREFECT_PORT ?= 4200
 MLFLOW_PORT ?= 5000
 
-.PHONY: help repro flow ui serve chat test test-unit lint lock clean
+.PHONY: help repro flow ui serve chat test test-unit lint lock bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 12
@@ -48,6 +48,9 @@ lock: ## Resolve requirements.lock anew from pyproject.toml, with uv in a throwa
 	&& "$(PYTHON)" -m venv "$$folder" && "$$folder/bin/pip" install --quiet uv \
 	&& "$$folder/bin/uv" pip compile --python-version 3.11 --override requirements-overrides.txt --extra colossalai --extra dev \
 		--generate-hashes --no-emit-index-url --no-header --no-annotate -o requirements.lock pyproject.toml
+
+bench: .venv/.installed ## Measure speed and memory against the peers (PART=sft: only the parts that begin so)
+	@python -m bench $(if $(PART),--part $(PART))
 
 clean: ## Remove caches of tools and workspaces of presets; data, models, runs and .venv stay
 	rm -rf workspaces build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

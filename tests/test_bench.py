@@ -1,0 +1,246 @@
+"""The pure parts of the benchmarks, on invented timings; nothing is timed here."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.machine import cpu_fields
+from bench.measure import Setup, make_job, parse_result
+from bench.ours.arithmetic import training_flops
+from bench.parts import DEFAULTS, OURS, PACKING, PARTS, TUNED, Comparison, Part, Side, select
+from bench.plots import plot_ratios, plot_scaling
+from bench.report import BEGIN, END, cells, insert, lines_of, markdown, measured_parts, points_of
+from bench.results import Machine, Measurement, Result, Run, read_measurements, write_measurement
+from bench.side import Training
+from chatloom.data.examples import Example
+from chatloom.errors import InputError
+from tests.conftest import ROOT
+
+MACHINE = Machine(
+    cpu="a processor", cores=2, features=["avx2"], memory_bytes=8 * 2**30, system="Linux 6", python="3.11.1"
+)
+GIB = 2**30
+
+
+def result(work: float, seconds: float, peak_gib: float = 1.0, **details: float) -> Result:
+    return Result(
+        work=work,
+        unit="tokens",
+        seconds=seconds,
+        peak_bytes=int(peak_gib * GIB),
+        threads=2,
+        versions={"torch": "2"},
+        details=dict(details),
+    )
+
+
+def measurement(part: str, *rounds: dict[str, Result], smoke: bool = False) -> Measurement:
+    runs = [
+        Run(round=number, side=side, load_before=0.5, result=found)
+        for number, results in enumerate(rounds, start=1)
+        for side, found in results.items()
+    ]
+    return Measurement(
+        part=part, smoke=smoke, finished="2026-01-01T00:00:00+00:00", machine=MACHINE, settings={}, runs=runs
+    )
+
+
+def part_named(name: str) -> Part:
+    [part] = [part for part in PARTS if part.name == name]
+    return part
+
+
+def sft_round(ours: float, defaults: float, packing: float, tuned: float) -> dict[str, Result]:
+    """Tokens/s of each side, over 10 s."""
+    return {
+        OURS: result(10 * ours, 10, 3.0),
+        DEFAULTS: result(10 * defaults, 10, 12.0),
+        PACKING: result(10 * packing, 10, 13.0),
+        TUNED: result(10 * tuned, 10, 9.0, loss=2.5),
+    }
+
+
+def test_a_ratio_is_of_one_round_and_the_median_of_the_rounds_counts() -> None:
+    rounds = [sft_round(300, 50, 80, 60), sft_round(330, 60, 100, 110), sft_round(100, 25, 20, 10)]
+    against_defaults, against_best, memory = lines_of(part_named("sft_full"), measurement("sft_full", *rounds))
+    assert against_defaults.ratios == (6.0, 5.5, 4.0)
+    assert against_defaults.ratio == 5.5
+    assert against_defaults.holds is True  # at least 5
+    # The best of the two is packing, then tuned, then packing again.
+    assert against_best.ratios == (3.75, 3.0, 5.0)
+    assert (against_best.ours, against_best.other) == (300, 80)  # medians of (300, 330, 100) and of (80, 110, 20)
+    assert against_best.holds is True
+    assert memory.ratios == (0.25, 0.25, 0.25)
+    assert memory.holds is True
+    assert cells(memory)[1:] == ("3 GiB", "12 GiB", "0.25x (0.25 to 0.25)", "≤ 0.5x", "yes")
+
+
+@pytest.mark.parametrize(
+    ("measure", "target", "ratio", "holds"),
+    [
+        ("speed", 3.0, 3.0, True),
+        ("speed", 3.0, 2.99, False),
+        ("memory", 0.5, 0.5, True),
+        ("memory", 0.5, 0.51, False),
+        ("arithmetic", 0.5, 0.6, True),
+        ("speed", None, 9.0, None),
+    ],
+)
+def test_less_is_better_for_memory_alone(measure: Any, target: float | None, ratio: float, holds: bool | None) -> None:
+    assert Comparison("", measure, target).holds(ratio) is holds
+
+
+def test_arithmetic_is_a_share_of_the_rate_of_the_same_process() -> None:
+    found = measurement("arithmetic", {OURS: result(1, 4, flops=1.2e12, matmul_flops_per_s=6e11)})
+    [line] = lines_of(part_named("arithmetic"), found)
+    assert (line.ours, line.other, line.ratio) == (300, 600, 0.5)
+
+
+def test_useful_operations_of_a_training_step() -> None:
+    # Two sequences of 3 and 2 tokens, of which 2 and 1 are predicted. Forward: 10 weights * 5 tokens, 7 head weights *
+    # 3 predictions, a multiply-add being two; attention of 4 wide heads in 1 layer: for lengths 3 and 2 half of
+    # (9 + 4) * 4 * 2 multiply-adds.
+    examples = [Example.of_response([1], [2, 3]), Example.of_response([1], [2])]
+    forward = 2 * 50 + 2 * 21 + 13 * 4 * 2
+    assert training_flops(10, 7, 4, 1, examples) == 3 * forward
+
+
+def test_a_round_that_was_cut_short_does_not_count() -> None:
+    whole = sft_round(300, 50, 80, 60)
+    cut = measurement("sft_full", whole, {OURS: result(9999, 1)})
+    assert cut.rounds() == [whole]
+
+
+def test_scaling_points_are_medians_in_the_order_of_the_sides() -> None:
+    part = part_named("scaling_size")
+    rounds = [
+        {side.name: result(work, 1, parameters=1000.0 * place) for place, side in enumerate(part.sides, start=1)}
+        for work in (5, 1, 3)
+    ]
+    points = points_of(part, measurement("scaling_size", *rounds))
+    assert [point.value for point in points] == [1000, 2000, 3000, 4000]
+    assert [point.per_second for point in points] == [3] * 4
+
+
+def test_results_survive_the_disk_and_strangers_are_refused(tmp_path: Path) -> None:
+    found = measurement("sft_full", sft_round(300, 50, 80, 60))
+    write_measurement(tmp_path, found)
+    assert read_measurements(tmp_path) == {"sft_full": found}
+    values = json.loads((tmp_path / "sft_full.json").read_text())
+    (tmp_path / "sft_full.json").write_text(json.dumps(values | {"extra": 1}))
+    with pytest.raises(InputError, match=r"sft_full\.json.*(?s:.*)extra"):
+        read_measurements(tmp_path)
+
+
+def test_results_of_other_sides_are_refused() -> None:
+    found = measurement("sft_full", {OURS: result(1, 1)})
+    with pytest.raises(InputError, match="other sides"):
+        measured_parts({"sft_full": found})
+
+
+def test_the_page_gets_the_tables_between_its_markers_and_keeps_the_rest() -> None:
+    measured = measured_parts({"sft_full": measurement("sft_full", sft_round(300, 50, 80, 60))})
+    page = insert(f"before\n{BEGIN}\nold\n{END}\nafter\n", markdown(measured, ["results/ratios.png"]))
+    assert page.startswith("before\n")
+    assert page.endswith("\nafter\n")
+    assert "old" not in page
+    assert (
+        "| SFT, full: tokens/s over TRL's defaults | 300 tokens/s | 50 tokens/s | 6.00x (6.00 to 6.00) | ≥ 5x | yes |"
+        in page
+    )
+    assert "| sft_full | TRL (tuned) | 60 tokens/s | 9.00 GiB | 2.5 |  |  |" in page
+    assert "a processor, 2 cores (avx2), 8 GiB" in page
+    assert "![ratios](results/ratios.png)" in page
+    assert insert(page, markdown(measured, ["results/ratios.png"])) == page
+    with pytest.raises(InputError, match="no place"):
+        insert("a page without them", "")
+
+
+def test_the_documents_page_has_its_markers() -> None:
+    assert "new" in insert((ROOT / "docs/benchmarks.md").read_text(encoding="utf-8"), "new")
+
+
+def test_a_smoke_run_never_gets_into_the_page() -> None:
+    measured = measured_parts({"sft_full": measurement("sft_full", sft_round(1, 1, 1, 1), smoke=True)})
+    with pytest.raises(InputError, match="smoke"):
+        markdown(measured, [])
+
+
+def test_pictures_are_drawn(tmp_path: Path) -> None:
+    lines = lines_of(part_named("sft_full"), measurement("sft_full", sft_round(300, 50, 80, 60)))
+    plot_ratios(lines, tmp_path / "ratios.png")
+    part = part_named("scaling_length")
+    rounds = {side.name: result(100, side.value) for side in part.sides}
+    plot_scaling(points_of(part, measurement("scaling_length", rounds)), tmp_path / "scaling.png")
+    for name in ("ratios.png", "scaling.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_parts_are_selected_by_their_beginnings() -> None:
+    assert [part.name for part in select(["sft", "reward"])] == ["sft_full", "sft_lora", "reward"]
+    assert select([]) == list(PARTS)
+    with pytest.raises(InputError, match=r"--part nothing.*sft_full"):
+        select(["nothing"])
+
+
+class FakeAssets:
+    def checkpoint(self, name: str) -> Path:
+        return Path("checkpoints", name)
+
+    def reward_model(self, checkpoint: Path) -> Path:
+        return Path("reward", checkpoint.name)
+
+    def rows(self, name: str, checkpoint: Path, max_length: int) -> Path:
+        return Path("rows", f"{name}-{checkpoint.name}-{max_length}")
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+@pytest.mark.parametrize(("part", "side"), [(part, side) for part in PARTS for side in part.sides])
+def test_every_side_has_a_whole_job_of_at_least_two_steps(part: Part, side: Side, smoke: bool, tmp_path: Path) -> None:
+    setup = Setup(tmp_path, "rows", "pairs", tmp_path, tmp_path, 1, smoke)
+    job: Any = make_job(part, side, setup, FakeAssets())  # type: ignore[arg-type]
+    if isinstance(job, Training):
+        assert job.num_rows >= 2 * job.batch_size
+    elif hasattr(job, "steps"):
+        assert job.steps >= 2
+    assert (ROOT / side.module.replace(".", "/")).with_suffix(".py").is_file()
+
+
+def test_both_sides_of_a_comparison_do_the_same_work(tmp_path: Path) -> None:
+    """But for how a peer packs, which is a setting of that peer."""
+    setup = Setup(tmp_path, "rows", "pairs", tmp_path, tmp_path, 3, False)
+    for part in PARTS:
+        if part.comparisons:
+            jobs: list[Any] = [make_job(part, side, setup, FakeAssets()) for side in part.sides]  # type: ignore[arg-type]
+            same = [replace(job, trainer={}, batch_size=0) if isinstance(job, Training) else job for job in jobs]
+            assert same == [same[0]] * len(same)
+
+
+def test_a_side_that_prints_no_result_is_named() -> None:
+    side = Side("the peer", "bench.peers.sft")
+    found = result(3, 2)
+    assert parse_result(f"a progress line\n{found.model_dump_json()}\n", side) == found
+    with pytest.raises(InputError, match="the peer"):
+        parse_result("", side)
+    with pytest.raises(InputError, match="the peer"):
+        parse_result("done\n", side)
+
+
+def test_the_first_processor_is_described() -> None:
+    text = "processor\t: 0\nmodel name\t: One\nflags\t\t: fpu avx2\n\nprocessor\t: 1\nmodel name\t: Two\n"
+    assert cpu_fields(text) == {"processor": "0", "model name": "One", "flags": "fpu avx2"}
+
+
+def test_the_peers_have_the_torch_of_the_lock_and_every_version_is_pinned() -> None:
+    locked = dict(re.findall(r"^([\w-]+)==([^ \\\n]+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
+    for environment in {side.environment for part in PARTS for side in part.sides} - {OURS}:
+        lines = (ROOT / "bench/peers" / f"{environment}.txt").read_text().splitlines()
+        pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+        assert pins["torch"] == locked["torch"]
+        assert pins["trl"].startswith(environment.removeprefix("trl-"))
