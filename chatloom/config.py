@@ -212,6 +212,8 @@ class Training(Section):
     """Optimizer steps between two looks at held-out rows."""
     eval_rows: Positive
     """Held-out rows looked at each time, at most."""
+    checkpoint_every: Positive
+    """Optimizer steps between two saved states, from the last of which a run that was interrupted goes on."""
     activation_checkpointing: bool
     """Recompute activations in the backward pass: less memory, about a third more arithmetic."""
     seed: int
@@ -253,6 +255,30 @@ class Kl(Section):
     """Episodes over which the coefficient adapts."""
 
 
+Action = Literal["stop", "warn", "off"]
+
+
+class Guards(Section):
+    """What ends a PPO run, its state saved, or warns, when it goes wrong. A loss that is not finite always ends it."""
+
+    window: Positive
+    """Steps averaged at either end of a run: a single step's mean over a small batch is mostly noise."""
+    kl: Action
+    max_kl: Rate
+    """KL to the reference, nats a response, that no step may pass."""
+    length_collapse: Action
+    min_length_share: Fraction
+    """Mean response length of the last `window` steps, at least, as a share of that of the first `window`."""
+    reward_hacking: Action
+    """The score of training prompts rises while answers to held-out prompts get worse than the reference policy's."""
+    max_held_out_fall: Rate
+    """Standard errors by which the held-out score, or the likeness to reference answers, may fall."""
+    held_out_prompts: Annotated[int, Field(ge=2)]
+    """Rows of the eval split with a reference answer that are answered, greedily, at each look."""
+    held_out_every: Positive
+    """Steps between two looks."""
+
+
 class TrainPpoParams(Section):
     method: Literal["full", "lora"]
     """`lora` keeps one frozen backbone with adapters for every role; `full` keeps separate models."""
@@ -286,6 +312,9 @@ class TrainPpoParams(Section):
     kl: Kl
     sample_every: Positive
     """Steps between two tables of sampled responses."""
+    checkpoint_every: Positive
+    """Steps between two saved states, from the last of which a run that was interrupted goes on."""
+    guards: Guards
     seed: int
 
     @model_validator(mode="after")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,19 @@ class MasterAdamW:
             assert master.grad is not None
             master.grad.zero_()
         return float(norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masters, moments and step counts in the order of the parameters: the tensors themselves, not copies."""
+        return {"masters": [master for _, master in self._pairs], "moments": self.adamw.state_dict()["state"]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave, by value; the parameters become the rounded masters they were then."""
+        for (parameter, master), saved in zip(self._pairs, state["masters"], strict=True):
+            master.copy_(saved)
+            parameter.copy_(master)
+        moments = {i: {name: value.clone() for name, value in own.items()} for i, own in state["moments"].items()}
+        self.adamw.load_state_dict({"state": moments, "param_groups": self.adamw.state_dict()["param_groups"]})
 
 
 def lr_factor(step: int, num_steps: int, params: Optimizer) -> float:

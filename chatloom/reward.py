@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from chatloom.models.adapters import Role
 from chatloom.optim import MasterAdamW, ParameterGroup, lr_factor, require_finite
 from chatloom.packing import pack
 from chatloom.progress import progress
+from chatloom.resume import Checkpoints
 
 Log = Callable[[int, Mapping[str, float]], None]
 
@@ -106,18 +109,26 @@ def train_reward(
     params: TrainRewardParams,
     device: torch.device,
     log: Log,
+    checkpoints: Checkpoints | None = None,
 ) -> dict[str, float]:
     """Train `reward_model` (its adapter or trunk, and its head) in place, then normalise its scores.
 
     Args:
         log: called with (step, metrics) after each step.
+        checkpoints: where the state is saved and found again; None starts afresh and saves none.
     """
     total = num_steps(len(train), params)
     optimizer = MasterAdamW([ParameterGroup(reward_model.parameters(), params.optimizer.lr)], params.optimizer)
     held_out = held_out[: params.eval_rows]
-    last = accuracy(pair_margins(reward_model, held_out, device)) if held_out else float("nan")
-    with progress("train_reward", total) as advance:
-        for step, microbatches in enumerate(steps(train, params), start=1):
+    saved = checkpoints.load() if checkpoints is not None else None
+    if saved is not None:
+        optimizer.load_state_dict(saved["optimizer"])
+        done, last = saved["step"], saved["last"]
+    else:
+        done = 0
+        last = accuracy(pair_margins(reward_model, held_out, device)) if held_out else float("nan")
+    with progress("train_reward", total - done) as advance, checkpoints or nullcontext():
+        for step, microbatches in enumerate(islice(steps(train, params), done, None), start=done + 1):
             prompts = sum(map(len, microbatches))
             loss = 0.0
             for rows in microbatches:
@@ -132,6 +143,8 @@ def train_reward(
                 last = accuracy(pair_margins(reward_model, held_out, device))
                 log(step, {"eval/accuracy": last})
             advance(loss=loss, accuracy=last)
+            if checkpoints is not None and checkpoints.due(step):
+                checkpoints.save(step, {"step": step, "last": last, "optimizer": optimizer.state_dict()})
     reference = normalize(reward_model, train, device)
     return {
         "steps": total,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from itertools import islice
 
 import torch
 
@@ -15,6 +17,7 @@ from chatloom.models.adapters import Role
 from chatloom.optim import MasterAdamW, ParameterGroup, lr_factor, require_finite
 from chatloom.packing import Packed, pack
 from chatloom.progress import progress
+from chatloom.resume import Checkpoints
 
 Log = Callable[[int, Mapping[str, float]], None]
 
@@ -34,23 +37,31 @@ def train_sft(
     params: TrainSftParams,
     device: torch.device,
     log: Log,
+    checkpoints: Checkpoints | None = None,
 ) -> dict[str, float]:
     """Train `policy` in place.
 
     Args:
         held_out: examples by language, looked at before, during and after training.
         log: called with (step, metrics) after each step.
+        checkpoints: where the state is saved and found again; None starts afresh and saves none.
 
     Returns:
         Held-out losses before and after, by language, and the speed.
     """
     total = num_steps(len(examples), params)
     optimizer = MasterAdamW([ParameterGroup(policy.parameters(), params.optimizer.lr)], params.optimizer)
-    first = losses_by_group(policy, held_out, device)
-    log(0, {f"eval/loss_{lang}": loss for lang, loss in first.items()})
-    last, trained_tokens, seconds = first, 0, 0.0
-    with progress("train_sft", total) as advance:
-        for step, microbatches in enumerate(steps(examples, params), start=1):
+    saved = checkpoints.load() if checkpoints is not None else None
+    if saved is not None:
+        optimizer.load_state_dict(saved["optimizer"])
+        done, first, last = saved["step"], saved["first"], saved["last"]
+        trained_tokens, seconds = saved["tokens"], saved["seconds"]
+    else:
+        done, trained_tokens, seconds = 0, 0, 0.0
+        first = last = losses_by_group(policy, held_out, device)
+        log(0, {f"eval/loss_{lang}": loss for lang, loss in first.items()})
+    with progress("train_sft", total - done) as advance, checkpoints or nullcontext():
+        for step, microbatches in enumerate(islice(steps(examples, params), done, None), start=done + 1):
             started = time.monotonic()
             num_tokens = sum(example.num_predicted for rows in microbatches for example in rows)
             loss = 0.0
@@ -65,17 +76,18 @@ def train_sft(
             trained_tokens += tokens
             seconds += (took := time.monotonic() - started)
             lr = params.optimizer.lr * factor
-            log(
-                step, {"train/loss": loss, "train/grad_norm": norm, "train/lr": lr, "train/tokens_per_s": tokens / took}
-            )
+            log(step, {"train/loss": loss, "train/grad_norm": norm, "train/lr": lr, "time/tokens_per_s": tokens / took})
             if step % params.eval_every == 0 or step == total:
                 last = losses_by_group(policy, held_out, device)
                 log(step, {f"eval/loss_{lang}": value for lang, value in last.items()})
             advance(loss=loss, tokens_per_s=tokens / took)
+            if checkpoints is not None and checkpoints.due(step):
+                state = {"step": step, "first": first, "last": last, "tokens": trained_tokens, "seconds": seconds}
+                checkpoints.save(step, {**state, "optimizer": optimizer.state_dict()})
     return {
         "steps": total,
         "tokens": trained_tokens,
-        "tokens_per_s": trained_tokens / max(seconds, 1e-9),
+        "time/tokens_per_s_mean": trained_tokens / max(seconds, 1e-9),
         **{f"eval/loss_{lang}_before": loss for lang, loss in first.items()},
         **{f"eval/loss_{lang}": loss for lang, loss in last.items()},
     }

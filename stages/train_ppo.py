@@ -5,19 +5,21 @@ from pathlib import Path
 import torch
 
 from chatloom.data.examples import Example
-from chatloom.data.prepared import read_split
+from chatloom.data.prepared import PreparedRow, read_split
 from chatloom.device import resolve_device
 from chatloom.errors import InputError
 from chatloom.models.adapters import merge_adapter
 from chatloom.models.checkpoint import save_causal_lm
+from chatloom.models.reward_model import read_probes
 from chatloom.parallel.strategies import require_available
+from chatloom.ppo import preflight
 from chatloom.ppo.experience import Experience, Rollout
 from chatloom.ppo.loop import train_ppo
 from chatloom.ppo.roles import POLICY, load_roles
 from stages.run import stage
 
 SFT, REWARD = Path("models/sft"), Path("models/reward")
-PROMPTS, PTX = Path("data/prepared/ppo"), Path("data/prepared/ptx")
+PROMPTS, PTX, EVAL = (Path("data/prepared", split) for split in ("ppo", "ptx", "eval"))
 ROWS_SHOWN = 8
 
 
@@ -33,8 +35,17 @@ def main() -> None:
                 raise InputError(f"{path} has no rows; give prepare_data.split_weights.{path.name} a larger share")
         run.dataset(PROMPTS, "ppo")
         run.dataset(PTX, "ptx")
+        watched = held_out(params.guards.held_out_prompts) if params.guards.reward_hacking != "off" else []
         torch.manual_seed(params.seed)
+        preflight.require_same_tokenizer(SFT, REWARD)
+        longest_ptx = max((len(example.input_ids) for example in ptx), default=0)
+        memory = preflight.estimate_memory(
+            SFT, REWARD, params, device, longest_prompt=max(map(len, prompts)), longest_ptx=longest_ptx
+        )
+        preflight.require_memory(memory, preflight.available_memory(device.device), params)
         roles = load_roles(SFT, REWARD, params, device)
+        preflight.require_own_pad_token(roles.chat)
+        preflight.require_reward_parity(roles.reward_model, *read_probes(REWARD), device.device)
 
         def show(step: int, rollout: Rollout, experience: Experience) -> None:
             decode = roles.chat.tokenizer.decode
@@ -50,13 +61,25 @@ def main() -> None:
                 },
             )
 
-        metrics = train_ppo(roles, prompts, ptx, params, run.log, show)
+        checkpoints = run.checkpoints(params.checkpoint_every)
+        metrics = train_ppo(roles, prompts, ptx, params, run.log, show, checkpoints, held_out=watched)
         model = roles.policy.model
         if roles.policy.adapter is not None:
             model = merge_adapter(model, POLICY)
         with run.out("models/ppo") as folder:
             save_causal_lm(folder, model, SFT)
         run.metrics(metrics)
+
+
+def held_out(count: int) -> list[PreparedRow]:
+    """Up to `count` eval rows with a reference answer, from all over the split."""
+    rows = [row for row in read_split(EVAL) if row.responses]
+    if len(rows) < 2:
+        raise InputError(
+            f"{EVAL} has {len(rows)} rows with an answer; give prepare_data.split_weights.eval a larger share, or set "
+            "train_ppo.guards.reward_hacking to 'off'"
+        )
+    return rows[:: len(rows) // count or 1][:count]
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
 """DVC stage `train_reward`: a reward model from comparisons, starting from SFT."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from chatloom.data.comparisons import read_comparisons
 from chatloom.device import resolve_device
-from chatloom.models.adapters import Role, add_adapter
-from chatloom.models.checkpoint import load_on
 from chatloom.models.head import ScalarHead
 from chatloom.models.reward_model import ADAPTER, save_reward_model
 from chatloom.parallel.strategies import require_available
 from chatloom.reward import train_reward
 from stages.run import stage
+from stages.training import trainable
 
 SFT, COMPARISONS = Path("models/sft"), Path("data/comparisons")
+NUM_PROBES = 8
+"""Sequences whose scores travel with the model, for PPO to compare its own scoring with."""
 
 
 def main() -> None:
@@ -24,21 +26,16 @@ def main() -> None:
         device = resolve_device(runtime.device, runtime.dtype, runtime.num_threads)
         run.dataset(COMPARISONS, "comparisons")
         comparisons = read_comparisons(COMPARISONS)
-        torch.manual_seed(params.seed)
-        model = load_on(SFT, device).model
-        if params.activation_checkpointing:
-            model.activation_checkpointing_enable()
-            model.train()
-        head = ScalarHead(model.config.hidden_size, torch.Generator().manual_seed(params.seed)).to(device.device)
-        reward_model = Role(model, None, head)
-        if params.method == "lora":
-            add_adapter(model, ADAPTER, params.lora, params.seed)
-            reward_model = Role(model, ADAPTER, head)
+        trunk = trainable(SFT, ADAPTER, params, device)
+        head = ScalarHead(trunk.model.config.hidden_size, torch.Generator().manual_seed(params.seed))
+        reward_model = replace(trunk, head=head.to(device.device))
         train = [comparison for comparison in comparisons if not comparison.holdout]
         held_out = [comparison for comparison in comparisons if comparison.holdout]
-        metrics = train_reward(reward_model, train, held_out, params, device.device, run.log)
+        checkpoints = run.checkpoints(params.checkpoint_every)
+        metrics = train_reward(reward_model, train, held_out, params, device.device, run.log, checkpoints)
         with run.out("models/reward") as folder:
-            save_reward_model(folder, reward_model, params.lora if params.method == "lora" else None, SFT)
+            probes = [[*comparison.prompt_ids, *comparison.response_ids[0]] for comparison in train[:NUM_PROBES]]
+            save_reward_model(folder, reward_model, params.lora if params.method == "lora" else None, SFT, probes)
         run.metrics(metrics)
 
 

@@ -2,17 +2,16 @@
 
 from pathlib import Path
 
-import torch
-
 from chatloom.data.examples import Example
 from chatloom.data.prepared import PreparedRow, read_split
 from chatloom.device import resolve_device
 from chatloom.errors import InputError
-from chatloom.models.adapters import Role, add_adapter, merge_adapter
-from chatloom.models.checkpoint import load_on, save_causal_lm
+from chatloom.models.adapters import merge_adapter
+from chatloom.models.checkpoint import save_causal_lm
 from chatloom.parallel.strategies import require_available
 from chatloom.sft import train_sft
 from stages.run import stage
+from stages.training import trainable
 
 BASE, TRAIN, EVAL = Path("models/base"), Path("data/prepared/sft"), Path("data/prepared/eval")
 ADAPTER = "sft"
@@ -27,20 +26,11 @@ def main() -> None:
         examples = [Example.of_row(row) for row in read_split(TRAIN)]
         if not examples:
             raise InputError(f"{TRAIN} has no rows; give prepare_data.split_weights.sft a larger share or add data")
-        torch.manual_seed(params.seed)
-        model = load_on(BASE, device).model
-        if params.activation_checkpointing:
-            model.activation_checkpointing_enable()
-            model.train()
-        policy = Role(model)
-        if params.method == "lora":
-            add_adapter(model, ADAPTER, params.lora, params.seed)
-            policy = Role(model, ADAPTER)
-        metrics = train_sft(
-            policy, examples, held_out(read_split(EVAL), params.eval_rows), params, device.device, run.log
-        )
-        if params.method == "lora":
-            model = merge_adapter(model, ADAPTER)
+        policy = trainable(BASE, ADAPTER, params, device)
+        checkpoints = run.checkpoints(params.checkpoint_every)
+        rows = held_out(read_split(EVAL), params.eval_rows)
+        metrics = train_sft(policy, examples, rows, params, device.device, run.log, checkpoints)
+        model = policy.model if policy.adapter is None else merge_adapter(policy.model, policy.adapter)
         with run.out("models/sft") as folder:
             save_causal_lm(folder, model, BASE)
         run.metrics(metrics)

@@ -69,6 +69,7 @@ def set_in(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
         ("train_sft.batch_size", 2.5, "p.yaml: train_sft.batch_size = 2.5: input should be a valid integer"),
         ("train_ppo.num_minibatches", 5, "num_minibatches = 5 does not divide rollout_batch = 16"),
         ("train_ppo.ptx_batch", 0, "p.yaml: train_ppo: ptx_coef above 0 needs a ptx_batch above 0"),
+        ("train_ppo.checkpoint_every", 0, "p.yaml: train_ppo.checkpoint_every = 0: input should be greater than 0"),
         ("train_sft.parallel.num_processes", 4, "needs a parallel.strategy other than 'none'"),
         ("quantize.bits", 5, "p.yaml: quantize.bits = 5: input should be 2, 3, 4 or 8"),
         ("prepare_data.split_weights", {"sft": 1}, "split_weights lacks ['eval', 'ppo', 'ptx', 'reward']"),

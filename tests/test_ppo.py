@@ -1,34 +1,47 @@
-"""PPO: rules 3 to 13 and 15, each against a double loop, an enumeration or a number worked out by hand."""
+"""PPO as a whole: roles, experience and loop against double loops, eager attention and plain gradient descent."""
 
 from __future__ import annotations
 
 import copy
-import itertools
+import dataclasses
 import math
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from chatloom.config import Kl, Lora, Optimizer, Parallel, TrainPpoParams
+from chatloom.config import (
+    Guards,
+    Kl,
+    Lora,
+    Optimizer,
+    Parallel,
+    TrainPpoParams,
+    load_preset,
+    read_yaml,
+    validate_params,
+)
+from chatloom.data.comparisons import Comparison
 from chatloom.data.examples import Example
-from chatloom.device import Device
+from chatloom.data.prepared import PreparedRow
 from chatloom.errors import InputError
+from chatloom.evaluation.responses import scores as evaluation_scores
 from chatloom.models.adapters import Role, add_adapter, merge_adapter
 from chatloom.models.checkpoint import load_on
 from chatloom.models.head import ScalarHead
 from chatloom.models.reward_model import ADAPTER, save_reward_model
 from chatloom.packing import pack
-from chatloom.ppo import kl
-from chatloom.ppo.advantages import gae, token_rewards
-from chatloom.ppo.experience import make_experience, roll_out
-from chatloom.ppo.kl import KlController
+from chatloom.ppo.experience import Rollout, make_experience, roll_out
+from chatloom.ppo.guards import GuardStop
 from chatloom.ppo.loop import train_ppo
-from chatloom.ppo.losses import policy_loss, value_loss
 from chatloom.ppo.roles import Roles, load_roles
-from chatloom.tensors import gather_logprobs, lengths_mask, logprobs_and_entropies, masked_mean, whiten
-from tests.conftest import CPU
+from chatloom.resume import Checkpoints
+from chatloom.reward import score_comparisons
+from tests.conftest import CPU, ROOT
+from tests.test_ppo_maths import gae_oracle
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14, 15]]
 
@@ -37,7 +50,7 @@ def params(lora: Lora, optimizer: Optimizer, **changes: object) -> TrainPpoParam
     values = {
         "method": "lora",
         "lora": lora,
-        "optimizer": optimizer.model_copy(update={"adam_eps": 1e-5}),
+        "optimizer": optimizer,
         "value_lr": 1e-3,
         "parallel": Parallel(strategy="none", num_processes=1),
         "num_steps": 2,
@@ -58,14 +71,27 @@ def params(lora: Lora, optimizer: Optimizer, **changes: object) -> TrainPpoParam
         "ptx_batch": 0,
         "kl": Kl(init_coef=0.1, target=6.0, horizon=100),
         "sample_every": 1,
+        "checkpoint_every": 10,
         "seed": 0,
     }
-    return TrainPpoParams.model_validate(values | changes)
+    return TrainPpoParams.model_validate(read_yaml(ROOT / "params.yaml")["train_ppo"] | values | changes)
 
 
-@pytest.fixture
-def models(checkpoint: Path, tmp_path: Path, lora: Lora) -> tuple[Path, Path]:
-    """An SFT checkpoint and a LoRA reward model on it."""
+def descent(p: TrainPpoParams) -> TrainPpoParams:
+    """With so large an eps, Adam's first step is minus the gradient itself: its scale shows, not its sign alone."""
+    huge = p.optimizer.model_copy(update={"lr": 1e6, "adam_eps": 1e6})
+    return p.model_copy(update={"optimizer": huge, "value_lr": 1e6, "num_steps": 1, "ppo_epochs": 1})
+
+
+def stopping(roles: Roles) -> Roles:
+    """With a fifth of the vocabulary as stop tokens, the tokenizer's own EOS not among them: lengths differ."""
+    eos = roles.chat.tokenizer.eos_token_id
+    chat = dataclasses.replace(roles.chat, stop_ids=tuple(t for t in range(60) if t != eos))
+    return dataclasses.replace(roles, chat=chat)
+
+
+def make_reward_model(checkpoint: Path, folder: Path, lora: Lora) -> Path:
+    """A LoRA reward model on `checkpoint`, not trained but no longer what it started as."""
     model = load_on(checkpoint, CPU).model
     add_adapter(model, ADAPTER, lora, seed=3)
     role = Role(model, ADAPTER, ScalarHead(model.config.hidden_size, torch.Generator().manual_seed(1)))
@@ -73,146 +99,15 @@ def models(checkpoint: Path, tmp_path: Path, lora: Lora) -> tuple[Path, Path]:
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7))
     assert role.head is not None
     role.head.normalize(torch.tensor([0.0, 0.5, 1.5]))
-    reward = tmp_path / "reward"
-    reward.mkdir()
-    save_reward_model(reward, role, lora, checkpoint)
-    return checkpoint, reward
+    folder.mkdir()
+    save_reward_model(folder, role, lora, checkpoint)
+    return folder
 
 
-# --- pure functions ---
-
-
-def test_masked_mean_and_whiten_see_only_the_mask() -> None:
-    values = torch.tensor([[1.0, 2.0, 99.0], [3.0, 77.0, 55.0]])
-    mask = torch.tensor([[True, True, False], [True, False, False]])
-    assert float(masked_mean(values, mask)) == pytest.approx(2.0)
-    # Mean 2, population variance 2/3.
-    expected = torch.tensor([[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]) / math.sqrt(2 / 3 + 1e-8)
-    torch.testing.assert_close(whiten(values, mask), expected)
-
-
-def test_logprobs_and_entropy_divide_by_the_temperature() -> None:
-    hidden, head = torch.tensor([[1.0]]), torch.tensor([[0.0], [math.log(2.0)]])
-    # Logits 0 and log 2; at temperature 0.5 the odds are squared: 1 to 4.
-    logprobs, entropies = logprobs_and_entropies(hidden, head, torch.tensor([1]), 0.5)
-    assert float(logprobs) == pytest.approx(math.log(0.8))
-    assert float(entropies) == pytest.approx(-(0.8 * math.log(0.8) + 0.2 * math.log(0.2)))
-
-
-def test_chunked_logits_change_neither_values_nor_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(0)
-    hidden, head = torch.randn(7, 4, generator=generator), torch.randn(5, 4, generator=generator)
-    targets = torch.tensor([0, 1, 2, 3, 4, 0, 1])
-
-    def run() -> list[Tensor]:
-        h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
-        logprobs = gather_logprobs(h, w, targets)
-        logprobs.sum().backward()
-        assert h.grad is not None
-        assert w.grad is not None
-        return [logprobs.detach(), h.grad, w.grad]
-
-    whole = run()
-    monkeypatch.setattr("chatloom.tensors.LOGITS_CHUNK", 3)
-    for a, b in zip(whole, run(), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_the_score_is_added_once_at_the_last_response_token() -> None:
-    mask = lengths_mask(torch.tensor([3, 1]), 3)
-    token_kl = torch.tensor([[0.5, -0.5, 1.0], [2.0, 9.0, 9.0]])
-    rewards = token_rewards(torch.tensor([10.0, 20.0]), token_kl, mask, kl_coef=0.1)
-    torch.testing.assert_close(rewards, torch.tensor([[-0.05, 0.05, 9.9], [19.8, 0.0, 0.0]]))
-
-
-def gae_oracle(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
-    """The definition as a double sum: A_t = sum_k (gamma lam)^k delta_{t+k}."""
-    following = [*values[1:], 0.0]
-    delta = [r + gamma * v1 - v0 for r, v0, v1 in zip(rewards, values, following, strict=True)]
-    return [sum((gamma * lam) ** k * delta[t + k] for k in range(len(delta) - t)) for t in range(len(delta))]
-
-
-def test_gae_equals_the_double_sum_and_ignores_what_is_beyond_the_end() -> None:
-    lengths = [4, 2, 1]
-    generator = torch.Generator().manual_seed(0)
-    rewards, values = torch.randn(3, 4, generator=generator), torch.randn(3, 4, generator=generator)
-    mask = lengths_mask(torch.tensor(lengths), 4)
-    advantages, returns = gae(rewards * mask, values, mask, gamma=0.9, lam=0.7)
-    for row, length in enumerate(lengths):
-        own = values[row, :length].tolist()
-        expected = gae_oracle(rewards[row, :length].tolist(), own, 0.9, 0.7)
-        assert advantages[row, :length].tolist() == pytest.approx(expected, abs=1e-5)
-        assert returns[row, :length].tolist() == pytest.approx(
-            [a + v for a, v in zip(expected, own, strict=True)], abs=1e-5
-        )
-        assert not advantages[row, length:].any()
-
-
-def test_losses_by_hand() -> None:
-    old = torch.zeros(4)
-    ratios = torch.tensor([1.5, 1.5, 0.5, 1.1])
-    advantages = torch.tensor([1.0, -1.0, 1.0, 2.0])
-    # max(-A rho, -A clip(rho)): -1.2 (clipped), 1.5, -0.5, -2.2.
-    policy = policy_loss(ratios.log(), old, advantages, clip_range=0.2)
-    assert float(policy.loss) == pytest.approx(-1.2 + 1.5 - 0.5 - 2.2)
-    assert int(policy.clipped) == 1
-    # V = 1 against R = 0, V_old = 0.5: plain 1, clipped to 0.7 it is 0.49. V = 0 against R = 1: plain 1, at 0.3 0.49.
-    value = value_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]), torch.tensor([0.0, 1.0]), clip_range=0.2)
-    assert float(value.loss) == pytest.approx(0.5 * (1.0 + 1.0))
-    assert int(value.clipped) == 0
-    # V moved away past the range from R: the clipped branch is the larger one. V = 2, V_old = 0.5, R = 2.
-    far = value_loss(torch.tensor([2.0]), torch.tensor([0.5]), torch.tensor([2.0]), clip_range=0.2)
-    assert float(far.loss) == pytest.approx(0.5 * 1.3**2)
-    assert int(far.clipped) == 1
-
-
-def test_adaptive_kl_by_hand() -> None:
-    controller = KlController.start(Kl(init_coef=0.1, target=6.0, horizon=100))
-    controller.update(6.6, 10)  # 10 % over: * (1 + 0.1 * 10 / 100)
-    assert controller.coef == pytest.approx(0.101)
-    controller.update(60.0, 10)  # clipped to 20 %
-    assert controller.coef == pytest.approx(0.101 * 1.02)
-    controller.update(0.0, 10)
-    assert controller.coef == pytest.approx(0.101 * 1.02 * 0.98)
-    fixed = KlController.start(Kl(init_coef=0.1, target=None, horizon=100))
-    fixed.update(60.0, 10)
-    assert fixed.coef == 0.1
-
-
-# --- the gradient of KL in the reward, by enumeration over a vocabulary of 6 and responses of 2 tokens ---
-
-
-def test_k1_in_the_reward_has_the_gradient_of_the_kl() -> None:
-    generator = torch.Generator().manual_seed(0)
-    first = torch.randn(6, generator=generator, dtype=torch.float64, requires_grad=True)
-    second = torch.randn(6, 6, generator=generator, dtype=torch.float64, requires_grad=True)
-    ref_first = torch.randn(6, generator=generator, dtype=torch.float64).log_softmax(-1)
-    ref_second = torch.randn(6, 6, generator=generator, dtype=torch.float64).log_softmax(-1)
-
-    def enumerate_all() -> tuple[Tensor, Tensor]:
-        """Exact KL(pi || ref), and the policy-gradient surrogate with the k1 sum as (negative) reward."""
-        exact, surrogate = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        log_first, log_second = first.log_softmax(-1), second.log_softmax(-1)
-        for a, b in itertools.product(range(6), range(6)):
-            logprob = log_first[a] + log_second[a, b]
-            k1 = kl.k1(log_first[a], ref_first[a]) + kl.k1(log_second[a, b], ref_second[a, b])
-            exact = exact + logprob.exp() * k1
-            surrogate = surrogate + logprob.exp().detach() * k1.detach() * logprob
-        return exact, surrogate
-
-    exact, surrogate = enumerate_all()
-    expected = torch.autograd.grad(exact, [first, second], retain_graph=True)
-    actual = torch.autograd.grad(surrogate, [first, second])
-    for a, b in zip(expected, actual, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_k3_is_unbiased_and_never_negative() -> None:
-    p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-    q = torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64)
-    estimates = kl.k3(p.log(), q.log())
-    assert bool((estimates >= 0).all())
-    assert float((p * estimates).sum()) == pytest.approx(float((p * (p / q).log()).sum()))
+@pytest.fixture
+def models(checkpoint: Path, tmp_path: Path, lora: Lora) -> tuple[Path, Path]:
+    """An SFT checkpoint and a LoRA reward model on it."""
+    return checkpoint, make_reward_model(checkpoint, tmp_path / "reward", lora)
 
 
 # --- roles and experience ---
@@ -231,21 +126,111 @@ def test_before_the_first_update_ratio_is_one_and_kl_zero(
     torch.testing.assert_close(again, experience.old_logprobs[experience.response_mask], atol=1e-6, rtol=0)
 
 
-def test_old_logprobs_are_those_of_the_distribution_that_was_sampled(
+@dataclasses.dataclass
+class Row:
+    """What one sequence should give, worked out alone, by the model's own eager attention, in float64."""
+
+    old: list[float]
+    ref: list[float]
+    values: list[float]
+    entropy: list[float]
+    score: float
+
+
+def oracle_rows(roles: Roles, rollout: Rollout, temperature: float) -> list[Row]:
+    def plain(role: Role) -> Any:
+        model = merge_adapter(copy.deepcopy(role.model), role.adapter or "none")
+        model.set_attn_implementation("eager")
+        return model
+
+    policy, ref, value, reward = map(plain, (roles.policy, roles.ref_policy, roles.value_model, roles.reward_model))
+    assert roles.value_model.head is not None
+    assert roles.reward_model.head is not None
+    rows = []
+    for prompt, response in zip(rollout.prompts, rollout.responses, strict=True):
+        ids, first = torch.tensor([prompt + response]), len(prompt) - 1
+        with torch.no_grad():
+            logprobs = [(m(ids).logits[0].double() / temperature).log_softmax(-1) for m in (policy, ref)]
+            values = roles.value_model.head(value.model(ids).last_hidden_state[0])
+            score = roles.reward_model.head(reward.model(ids).last_hidden_state[0, -1])
+        old, ref_own = ([float(lp[first + t, token]) for t, token in enumerate(response)] for lp in logprobs)
+        entropy = [-float((logprobs[0][first + t].exp() * logprobs[0][first + t]).sum()) for t in range(len(response))]
+        rows.append(Row(old, ref_own, values[first:-1].tolist(), entropy, float(score)))
+    return rows
+
+
+def test_experience_equals_a_double_loop_over_sequences_and_tokens(
+    models: tuple[Path, Path], lora: Lora, optimizer: Optimizer
+) -> None:
+    p = params(lora, optimizer, missing_stop_penalty=3.0)
+    roles = stopping(load_roles(*models, p, CPU))
+    for parameter in [*roles.policy.parameters(), *roles.value_model.parameters()]:
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(11))
+    rollout = roll_out(roles, PROMPTS, p, torch.Generator().manual_seed(0))
+    experience = make_experience(roles, rollout, p, kl_coef=0.2)
+    assert sorted({len(response) for response in rollout.responses})[0] < p.max_new_tokens
+
+    rows = oracle_rows(roles, rollout, p.temperature)
+    advantages, returns = [], []
+    for row, response in zip(rows, rollout.responses, strict=True):
+        penalty = 0.0 if response[-1] in roles.chat.stop_ids else 3.0
+        rewards = [-0.2 * (old - ref) for old, ref in zip(row.old, row.ref, strict=True)]
+        rewards[-1] += row.score - penalty
+        own = gae_oracle(rewards, row.values, p.gamma, p.lam)
+        advantages.append(own)
+        returns.append([a + v for a, v in zip(own, row.values, strict=True)])
+    flat = [a for own in advantages for a in own]
+    mean = sum(flat) / len(flat)
+    std = math.sqrt(sum((a - mean) ** 2 for a in flat) / len(flat) + 1e-8)
+    for i, row in enumerate(rows):
+        length = len(row.old)
+        for name, expected in {
+            "old_logprobs": row.old,
+            "ref_logprobs": row.ref,
+            "values": row.values,
+            "kl": [old - ref for old, ref in zip(row.old, row.ref, strict=True)],
+            "advantages": [(a - mean) / std for a in advantages[i]],
+            "returns": returns[i],
+        }.items():
+            actual = getattr(experience, name)[i]
+            assert actual[:length].tolist() == pytest.approx(expected, abs=1e-3), name
+            assert not actual[length:].any(), name
+
+    scores = [row.score for row in rows]
+    penalties = [0.0 if response[-1] in roles.chat.stop_ids else 3.0 for response in rollout.responses]
+    assert 0 < sum(penalties) < 3.0 * len(rows), "some stopped and some did not"
+    tokens = [r for own in returns for r in own]
+    errors = [r - v for own, row in zip(returns, rows, strict=True) for r, v in zip(own, row.values, strict=True)]
+    spread = sum((r - sum(tokens) / len(tokens)) ** 2 for r in tokens)
+    assert experience.metrics() == pytest.approx(
+        {
+            "objective/score": sum(scores) / 4,
+            "objective/score_with_penalty": (sum(scores) - sum(penalties)) / 4,
+            "objective/kl": sum(sum(row.old) - sum(row.ref) for row in rows) / 4,
+            "objective/kl_k3": sum(math.exp(r - o) - 1 + o - r for w in rows for o, r in zip(w.old, w.ref, strict=True))
+            / 4,
+            "objective/response_tokens": sum(map(len, rollout.responses)) / 4,
+            "objective/stopped": penalties.count(0.0) / 4,
+            "value/explained_variance": 1 - sum(e * e for e in errors) / spread,
+        },
+        abs=2e-3,
+    )
+
+
+def test_a_response_scores_the_same_in_reward_training_ppo_and_evaluation(
     models: tuple[Path, Path], lora: Lora, optimizer: Optimizer
 ) -> None:
     p = params(lora, optimizer)
     roles = load_roles(*models, p, CPU)
     rollout = roll_out(roles, PROMPTS, p, torch.Generator().manual_seed(0))
-    experience = make_experience(roles, rollout, p, 0.1)
-    plain = copy.deepcopy(load_on(models[0], CPU).model)
-    plain.set_attn_implementation("eager")
-    for row, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):
-        with torch.no_grad():
-            logits = plain(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / p.temperature
-        expected = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).squeeze(1)
-        actual = experience.old_logprobs[row][experience.response_mask[row]]
-        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+    expected = make_experience(roles, rollout, p, 0.1).scores.tolist()
+    for prompt, response, score in zip(rollout.prompts, rollout.responses, expected, strict=True):
+        comparison = Comparison("c", "en", [], prompt, ["x"], [response], [0], ["sampled"], False)
+        assert score_comparisons(roles.reward_model, [comparison], CPU.device)[0].tolist() == pytest.approx(
+            [score], abs=1e-5
+        )
+        row = PreparedRow("r", "en", [], prompt, [False] * len(prompt), ["x"], [response])
+        assert evaluation_scores(roles.reward_model, [row], [response], CPU.device) == pytest.approx([score], abs=1e-5)
 
 
 def test_the_value_model_starts_as_the_reward_model_gain_and_bias_included(
@@ -288,12 +273,22 @@ def test_shared_backbone_equals_separate_models(models: tuple[Path, Path], lora:
 def test_a_response_without_a_configured_stop_token_is_penalised(
     models: tuple[Path, Path], lora: Lora, optimizer: Optimizer
 ) -> None:
+    """The tokenizer's EOS, where it is not among the configured stop tokens, neither ends a response nor saves it."""
     p = params(lora, optimizer, missing_stop_penalty=3.0)
     roles = load_roles(*models, p, CPU)
-    rollout = roll_out(roles, PROMPTS, p, torch.Generator().manual_seed(0))
-    assert rollout.stopped == [response[-1] in roles.chat.stop_ids for response in rollout.responses]
-    rollout = type(rollout)(rollout.prompts, rollout.responses, [True, False, False, True])
-    assert make_experience(roles, rollout, p, 0.1).penalties.tolist() == [0.0, 3.0, 3.0, 0.0]
+    eos = roles.chat.tokenizer.eos_token_id
+    chat = dataclasses.replace(roles.chat, stop_ids=(8, 9))
+    roles = dataclasses.replace(roles, chat=chat)
+    rollout = Rollout([[5], [6], [7], [8]], [[10, eos], [10, 8], [eos, 9], [8, 10]], [False, True, True, False])
+    assert make_experience(roles, rollout, p, 0.1).penalties.tolist() == [3.0, 0.0, 0.0, 3.0]
+
+    roles = stopping(roles)
+    rollout = roll_out(roles, PROMPTS * 4, p, torch.Generator().manual_seed(0))
+    assert set(rollout.stopped) == {True, False}
+    for response, stopped in zip(rollout.responses, rollout.stopped, strict=True):
+        assert stopped == (response[-1] in roles.chat.stop_ids)
+        assert stopped or len(response) == p.max_new_tokens
+        assert not set(response[:-1]) & set(roles.chat.stop_ids)
 
 
 # --- the loop ---
@@ -333,18 +328,26 @@ def test_the_loop_trains_policy_and_value_and_nothing_else(
     assert torch.equal(roles.reward_model.scores(probe), before[3])
 
 
+def parameters_after_one_step(
+    models: tuple[Path, Path], p: TrainPpoParams, ptx: list[Example] | None = None
+) -> tuple[list[Tensor], list[dict[str, float]]]:
+    """Of policy and value, after a single step of plain gradient descent."""
+    roles = stopping(load_roles(*models, p, CPU))
+    _, logged = run(roles, descent(p), ptx)
+    assert logged[0]["objective/response_tokens"] < p.max_new_tokens, "lengths differ"
+    return [w.detach().clone() for w in [*roles.policy.parameters(), *roles.value_model.parameters()]], logged
+
+
 def test_ptx_joins_the_same_optimizer_step_at_its_scale(
     models: tuple[Path, Path], lora: Lora, optimizer: Optimizer
 ) -> None:
-    """The gradient that PTX adds to the step is ptx_coef times the supervised one, by the model's own attention."""
-    from chatloom.ppo import loop
-
-    p = params(lora, optimizer, method="full", ptx_coef=0.25, ptx_batch=2)
-    roles = load_roles(*models, p, CPU)
+    """With PTX the one step that is taken moves the policy further by minus ptx_coef times the supervised gradient."""
+    without = params(lora, optimizer, method="full", num_minibatches=1)
     ptx = [Example.of_response([5], [9, 9, 2]), Example.of_response([6, 7], [8, 2])]
-    totals: dict[str, float] = dict.fromkeys(["ptx/loss"], 0.0)
-    loop._backward_ptx(roles, ptx, p, totals, step=1)
-    actual = [parameter.grad.clone() for parameter in roles.policy.parameters() if parameter.grad is not None]
+    plain, _ = parameters_after_one_step(models, without)
+    mixed, logged = parameters_after_one_step(
+        models, without.model_copy(update={"ptx_coef": 0.25, "ptx_batch": 2}), ptx
+    )
 
     model = load_on(models[0], CPU).model.requires_grad_(True)
     model.set_attn_implementation("eager")
@@ -352,22 +355,83 @@ def test_ptx_joins_the_same_optimizer_step_at_its_scale(
     for example in ptx:
         logits = model(torch.tensor([example.input_ids])).logits[0].log_softmax(-1)
         losses += [-logits[t - 1, token] for t, token in enumerate(example.input_ids) if example.loss_mask[t]]
-    (0.25 * torch.stack(losses).mean()).backward()
-    expected = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    assert len(actual) == len(expected) > 0
-    for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    expected = [w.grad for w in model.parameters()]
+    for number, (a, b) in enumerate(zip(plain, mixed, strict=True)):
+        moved = -0.25 * expected[number] if number < len(expected) else torch.zeros_like(a)  # the value model stays
+        torch.testing.assert_close(b - a, moved, atol=1e-5, rtol=1e-3)
+    assert logged[0]["ptx/loss"] == pytest.approx(float(loss.detach()), abs=1e-5)
 
 
-def test_microbatches_do_not_change_the_update(models: tuple[Path, Path], lora: Lora, optimizer: Optimizer) -> None:
-    results = []
-    for batch_size in (1, 4):
-        p = params(lora, optimizer, batch_size=batch_size, num_minibatches=1, ppo_epochs=1, num_steps=1)
-        roles = load_roles(*models, p, CPU)
-        run(roles, p)
-        results.append([parameter.detach().clone() for parameter in roles.policy.parameters()])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
+def test_eight_microbatches_of_one_equal_one_of_eight(
+    models: tuple[Path, Path], lora: Lora, optimizer: Optimizer
+) -> None:
+    first, *others = (
+        parameters_after_one_step(models, params(lora, optimizer, batch_size=size, rollout_batch=8, num_minibatches=1))[
+            0
+        ]
+        for size in (8, 3, 1)
+    )
+    start = load_roles(*models, params(lora, optimizer), CPU)
+    assert any(not torch.equal(a, b) for a, b in zip(first, start.policy.parameters(), strict=False))
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-4)
+
+
+def test_metrics_of_an_update_are_means_over_response_tokens(
+    models: tuple[Path, Path], lora: Lora, optimizer: Optimizer
+) -> None:
+    p = descent(params(lora, optimizer, num_minibatches=1))
+    roles = stopping(load_roles(*models, p, CPU))
+    before = dataclasses.replace(roles, policy=roles.ref_policy)
+    seen: list[Rollout] = []
+    logged: list[dict[str, float]] = []
+    train_ppo(roles, PROMPTS, [], p, lambda _, m: logged.append(dict(m)), lambda _, rollout, __: seen.append(rollout))
+    rows = oracle_rows(before, seen[0], p.temperature)
+    entropies = [value for row in rows for value in row.entropy]
+    assert len({len(row.entropy) for row in rows}) > 1, "a mean of means would be another number"
+    assert logged[0]["policy/entropy"] == pytest.approx(sum(entropies) / len(entropies), abs=1e-4)
+    # The one update is made at ratio 1: nothing is clipped, no KL to what was sampled, and advantages average to 0.
+    for name in ("policy/approx_kl", "policy/clip_frac", "value/clip_frac", "policy/loss"):
+        assert logged[0][name] == pytest.approx(0, abs=1e-5), name
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+def test_training_on_a_shared_backbone_equals_training_separate_models(
+    layers: int | None, checkpoint: Path, tmp_path: Path, lora: Lora, optimizer: Optimizer
+) -> None:
+    """With adapters on the upper layers only, too, where the roles share what lies below."""
+    lora = lora.model_copy(update={"layers": layers})
+    p = params(lora, optimizer, ptx_coef=0.3, ptx_batch=1)
+    reward = make_reward_model(checkpoint, tmp_path / "reward", lora)
+    shared, template = (load_roles(checkpoint, reward, p, CPU) for _ in range(2))
+
+    def alone(role: Role) -> Role:
+        return Role(copy.deepcopy(role.model), role.adapter, role.head)
+
+    separate = Roles(
+        alone(template.policy),
+        alone(template.ref_policy),
+        alone(template.reward_model),
+        alone(template.value_model),
+        template.chat,
+    )
+    ptx = [Example.of_response([5], [9, 9, 2])]
+    metrics = [run(roles, p, ptx)[1] for roles in (shared, separate)]
+    for one, other in zip(*metrics, strict=True):
+        for name in one.keys() - {key for key in one if key.startswith("time/")}:
+            assert one[name] == pytest.approx(other[name], abs=1e-5), name
+    for role in ("policy", "value_model"):
+        for a, b in zip(getattr(shared, role).parameters(), getattr(separate, role).parameters(), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_params_have_the_eps_that_ppo_needs() -> None:
+    for preset in [None, *(ROOT / "params").glob("*.yaml")]:
+        values = read_yaml(ROOT / "params.yaml") if preset is None else load_preset(preset, ROOT / "params.yaml")
+        assert validate_params(values, str(preset)).train_ppo.optimizer.adam_eps == 1e-5
 
 
 def test_a_policy_that_is_not_its_reference_is_refused(
@@ -390,40 +454,29 @@ def test_a_loss_that_is_not_finite_stops_the_run(models: tuple[Path, Path], lora
         run(roles, p)
 
 
-def test_ppo_reaches_the_optimum_of_a_toy(chat_roles: Roles, lora: Lora, optimizer: Optimizer) -> None:
-    """The reward is 1 for a token whose number ends in 2 (a tenth of them) and 0 otherwise; the optimum is 1."""
-    p = params(
-        lora,
-        optimizer.model_copy(update={"lr": 2e-2, "max_grad_norm": 1.0}),
-        method="full",
-        num_steps=40,
-        rollout_batch=32,
-        generation_batch=32,
-        batch_size=32,
-        num_minibatches=1,
-        ppo_epochs=4,
-        max_new_tokens=1,
-        temperature=1.0,
-        missing_stop_penalty=0.0,
-        gamma=1.0,
-        lam=1.0,
-        value_lr=1e-2,
-        kl=Kl(init_coef=0.0, target=None, horizon=100),
-    )
-    summary, _ = run(chat_roles, p)
-    assert summary["objective/score_last"] >= 0.95
+def test_a_guard_that_stops_has_the_state_saved_and_stops_a_retry_too(
+    models: tuple[Path, Path], tmp_path: Path, lora: Lora, optimizer: Optimizer
+) -> None:
+    """At the first step whose KL is positive; held-out rows are looked at and do not change the run."""
+    guards = Guards.model_validate(read_yaml(ROOT / "params.yaml")["train_ppo"]["guards"])
+    p = params(lora, optimizer.model_copy(update={"lr": 1e-2}), num_steps=5, guards=guards)
+    strict = guards.model_copy(update={"kl": "stop", "max_kl": 1e-4, "held_out_every": 1})
+    rows = [PreparedRow(f"r{i}", "en", [], [5 + i, 6], [False, False], ["the tea"], [[9, 2]]) for i in range(2)]
 
+    def run_to_the_end(p: TrainPpoParams, held_out: list[PreparedRow], folder: str) -> list[dict[str, float]]:
+        logged: list[dict[str, float]] = []
+        states = Checkpoints(tmp_path / folder, {}, every=100)
+        silent = (lambda _, m: logged.append(dict(m)), lambda *_: None, states)
+        with suppress(GuardStop):
+            train_ppo(load_roles(*models, p, CPU), PROMPTS, [], p, *silent, held_out=held_out)
+        return [{name: value for name, value in m.items() if not name.startswith("time/")} for m in logged]
 
-@pytest.fixture
-def chat_roles(checkpoint: Path) -> Roles:
-    class FirstTokenReward(Role):
-        def scores(self, packed: object, below: object = None) -> Tensor:
-            targets = packed.targets.split(packed.num_predicted)  # type: ignore[attr-defined]
-            return torch.tensor([float(int(row[0]) % 10 == 2) for row in targets])
-
-    device = Device(torch.device("cpu"), torch.float32)
-    chat = load_on(checkpoint, device)
-    head = ScalarHead(chat.model.config.hidden_size, torch.Generator().manual_seed(0))
-    policy = Role(load_on(checkpoint, device).model.requires_grad_(True))
-    value = Role(load_on(checkpoint, device).model.requires_grad_(True), None, head)
-    return Roles(policy, Role(chat.model), FirstTokenReward(chat.model, None, head), value, chat)
+    whole = run_to_the_end(p, [], "whole")
+    watched = p.model_copy(update={"guards": strict})
+    stopped = run_to_the_end(watched, rows, "stopped")
+    last = next(i for i, m in enumerate(whole) if m["objective/kl"] > 1e-4)
+    assert 0 < last < 4 == len(whole) - 1
+    assert "held_out/chrf_t" in stopped[-1]
+    assert [{k: v for k, v in m.items() if not k.startswith("held_out/")} for m in stopped] == whole[: last + 1]
+    assert run_to_the_end(watched, rows, "stopped") == [], "a retry stops at once"
+    assert run_to_the_end(p, [], "stopped") == whole[last + 1 :], "and without the guard it goes on exactly"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
 import torch
 
-from chatloom.config import Lora, Optimizer, Parallel, TrainRewardParams
+from chatloom.config import Lora, Optimizer, Parallel, TrainRewardParams, read_yaml
 from chatloom.data.comparisons import (
     Comparison,
     imported,
@@ -21,7 +23,16 @@ from chatloom.data.prepared import PreparedRow
 from chatloom.models.adapters import Role, add_adapter
 from chatloom.models.checkpoint import ChatModel
 from chatloom.models.head import ScalarHead
-from chatloom.reward import accuracy, microbatch_loss, pair_margins, ranking_loss, score_comparisons, train_reward
+from chatloom.reward import (
+    accuracy,
+    microbatch_loss,
+    normalize,
+    pair_margins,
+    ranking_loss,
+    score_comparisons,
+    train_reward,
+)
+from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
 
@@ -39,11 +50,12 @@ def params(lora: Lora, optimizer: Optimizer, **changes: object) -> TrainRewardPa
         "eval_every": 10,
         "eval_rows": 8,
         "activation_checkpointing": False,
+        "checkpoint_every": 10,
         "seed": 0,
         "margin": 0.0,
         "centering": 0.0,
     }
-    return TrainRewardParams.model_validate(values | changes)
+    return TrainRewardParams.model_validate(read_yaml(ROOT / "params.yaml")["train_reward"] | values | changes)
 
 
 def comparison(first: int, ranks: list[int], origin: str = "imported") -> Comparison:
@@ -72,11 +84,73 @@ def test_k_ranked_loss_equals_the_sum_over_pairs_one_by_one(chat: ChatModel, lor
     rows = [comparison(10, [0, 1, 2, 3]), comparison(11, [0, 1]), comparison(12, [0, 1, 1])]
     expected = 0.0
     for row in rows:
-        scores = [float(s) for s in score_comparisons(role, [row], CPU)[0]]
+        scores = score_comparisons(role, [row], CPU)[0].tolist()
         pairs = [(i, j) for i, j in combinations(range(len(scores)), 2) if row.ranks[i] < row.ranks[j]]
         expected += sum(math.log1p(math.exp(scores[j] - scores[i])) for i, j in pairs) / len(pairs)
     actual = microbatch_loss(role, rows, params(lora, optimizer), CPU)
-    assert float(actual) == pytest.approx(expected, abs=1e-5)
+    assert float(actual.detach()) == pytest.approx(expected, abs=1e-5)
+
+
+def test_one_pair_by_hand_on_the_heads_own_scores(chat: ChatModel, lora: Lora, optimizer: Optimizer) -> None:
+    """The head reads one number of the last hidden state; the loss is a softplus of what eager attention has there."""
+    head = ScalarHead(chat.model.config.hidden_size)
+    head.weight.data = torch.zeros(chat.model.config.hidden_size).index_fill(0, torch.tensor([3]), 1.0)
+    row = comparison(10, [0, 1])
+    model = copy.deepcopy(chat.model)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        scores = [
+            float(model.model(torch.tensor([row.prompt_ids + ids])).last_hidden_state[0, -1, 3].double())
+            for ids in row.response_ids
+        ]
+    loss = microbatch_loss(Role(chat.model, None, head), [row], params(lora, optimizer, margin=0.5), CPU)
+    assert abs(scores[0] - scores[1]) > 0.01
+    assert float(loss.detach()) == pytest.approx(math.log1p(math.exp(scores[1] - scores[0] + 0.5)), abs=1e-5)
+
+
+def test_eight_microbatches_of_one_prompt_equal_one_of_eight(chat: ChatModel, lora: Lora, optimizer: Optimizer) -> None:
+    """With unequal numbers of pairs, and an eps so large that Adam's step is minus the gradient itself."""
+    rows = [comparison(100 + i, [0, 1, 2] if i % 2 else [0, 1]) for i in range(8)]
+    descent = optimizer.model_copy(update={"lr": 1e6, "adam_eps": 1e6})
+    ends = []
+    for batch_size, accumulation_steps in ((8, 1), (1, 8)):
+        head = ScalarHead(chat.model.config.hidden_size, torch.Generator().manual_seed(0))
+        role = Role(copy.deepcopy(chat.model), None, head)
+        p = params(
+            lora, descent, batch_size=batch_size, accumulation_steps=accumulation_steps, max_steps=1, centering=0.1
+        )
+        train_reward(role, rows, [], p, CPU, lambda *_: None)
+        ends.append([parameter.detach() for parameter in role.parameters()])
+    for one, eight in zip(*ends, strict=True):
+        torch.testing.assert_close(one, eight, atol=2e-6, rtol=1e-4)
+
+
+def test_loss_is_float32_on_a_bfloat16_trunk(chat: ChatModel, lora: Lora, optimizer: Optimizer) -> None:
+    role = Role(chat.model.to(torch.bfloat16), None, ScalarHead(chat.model.config.hidden_size))
+    assert microbatch_loss(role, [comparison(10, [0, 1])], params(lora, optimizer), CPU).dtype == torch.float32
+
+
+def test_head_starts_as_the_paper_says() -> None:
+    """N(0, 1 / sqrt(h + 1)), offset 0 (Stiennon 2020): over 2**16 draws the deviation is known to 1 %."""
+    head = ScalarHead(2**16, torch.Generator().manual_seed(0))
+    assert float(head.weight.detach().std()) == pytest.approx(1 / 256, rel=0.01)
+    assert float(head.weight.detach().mean()) == pytest.approx(0, abs=4 / 256 / 256)
+    assert (float(head.offset.detach()), float(head.gain), float(head.bias)) == (0, 1, 0)
+
+
+def test_only_sampled_responses_are_the_reference_of_the_scale(chat: ChatModel) -> None:
+    head = ScalarHead(chat.model.config.hidden_size, torch.Generator().manual_seed(0))
+    role = Role(chat.model, None, head)
+    mixed = replace(comparison(10, [0, 1, 2]), origins=["reference", "sampled", "sampled"])
+    rows = [comparison(9, [0, 1], "imported"), mixed, comparison(11, [0, 1], "sampled")]
+    with torch.no_grad():
+        assert normalize(role, rows, CPU) == 4
+        imported_scores, mixed_scores, sampled_scores = score_comparisons(role, rows, CPU)
+    reference = [*mixed_scores.tolist()[1:], *sampled_scores.tolist()]
+    mean = sum(reference) / 4
+    assert mean == pytest.approx(0, abs=1e-4)
+    assert math.sqrt(sum((score - mean) ** 2 for score in reference) / 4) == pytest.approx(1, abs=1e-3)
+    assert float(imported_scores.mean()) != pytest.approx(0, abs=1e-2)
 
 
 def test_ties_are_no_pairs() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 
 from chatloom.batches import num_steps, steps
-from chatloom.config import Lora, Optimizer, Parallel, TrainSftParams
+from chatloom.config import Lora, Optimizer, Parallel, TrainSftParams, read_yaml
 from chatloom.data.examples import Example
 from chatloom.data.prepared import PreparedRow
 from chatloom.errors import InputError
@@ -16,8 +17,10 @@ from chatloom.evaluation.perplexity import mean_loss
 from chatloom.models.adapters import Role, add_adapter
 from chatloom.models.checkpoint import ChatModel
 from chatloom.optim import lr_factor
+from chatloom.packing import pack
 from chatloom.parallel.strategies import require_available
-from chatloom.sft import train_sft
+from chatloom.sft import sft_loss, train_sft
+from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
 EXAMPLES = [Example.of_response([5 + i, 6, 7], [20 + i, 21, 2]) for i in range(6)]
@@ -36,9 +39,34 @@ def params(lora: Lora, optimizer: Optimizer, **changes: object) -> TrainSftParam
         "eval_every": 10,
         "eval_rows": 8,
         "activation_checkpointing": False,
+        "checkpoint_every": 10,
         "seed": 0,
     }
-    return TrainSftParams.model_validate(values | changes)
+    return TrainSftParams.model_validate(read_yaml(ROOT / "params.yaml")["train_sft"] | values | changes)
+
+
+def test_loss_is_the_models_own_on_the_answers_tokens(chat: ChatModel) -> None:
+    """transformers' own loss, by eager attention on padded rows with label -100 where nothing counts."""
+    rows = [
+        Example.of_response([5, 6, 7], [20, 21, 2]),
+        Example([8, 9, 22, 2, 10, 23, 2], [False, False, True, True, False, True, True]),
+        Example.of_response([11], [2]),
+    ]
+    width = max(len(row.input_ids) for row in rows)
+    padding = [width - len(row.input_ids) for row in rows]
+    labels = [
+        [token if keep else -100 for token, keep in zip(row.input_ids, row.loss_mask, strict=True)] for row in rows
+    ]
+    model = copy.deepcopy(chat.model)
+    model.set_attn_implementation("eager")
+    expected = model(
+        input_ids=torch.tensor([row.input_ids + [99] * n for row, n in zip(rows, padding, strict=True)]),
+        attention_mask=torch.tensor([[1] * (width - n) + [0] * n for n in padding]),
+        labels=torch.tensor([own + [-100] * n for own, n in zip(labels, padding, strict=True)]),
+    ).loss
+    num_tokens = sum(row.num_predicted for row in rows)
+    actual = sft_loss(Role(chat.model), pack(rows), num_tokens)
+    assert float(actual.detach()) == pytest.approx(float(expected.detach()), abs=1e-5)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -68,8 +96,6 @@ def test_training_lowers_the_loss_it_reports(method: str, chat: ChatModel, lora:
 def test_activation_checkpointing_changes_memory_and_not_the_result(
     chat: ChatModel, lora: Lora, optimizer: Optimizer
 ) -> None:
-    import copy
-
     other = copy.deepcopy(chat.model)
     other.activation_checkpointing_enable()
     other.train()

@@ -15,12 +15,14 @@ from typing import Any
 
 import matplotlib.figure
 import mlflow
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from chatloom.errors import InputError
-from stages.run import dvc_hash, flattened, nested, stage
+from stages.run import nested, stage
+from stages.tracking import _is_running, dvc_hash, flattened
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,7 +57,7 @@ def runs(project: Path) -> dict[str, Any]:
 def start(project: Path, body: str, **environment: str) -> subprocess.Popen[str]:
     """A stage in its own process, with `body` as its block."""
     indented = "\n".join("    " + line for line in body.splitlines())
-    script = f"import sys, time\nfrom stages.run import stage\nwith stage('train_sft') as run:\n{indented}\n"
+    script = f"import sys, time, mlflow\nfrom stages.run import stage\nwith stage('train_sft') as run:\n{indented}\n"
     return subprocess.Popen(
         [sys.executable, "-c", script],
         cwd=project,
@@ -104,6 +106,57 @@ def test_files_and_run_agree(project: Path) -> None:
 
 def _files(folder: str) -> list[Path]:
     return [path for path in Path(folder).resolve().rglob("*") if path.is_file()]
+
+
+def test_what_the_clock_says_is_in_mlflow_and_in_no_file(project: Path) -> None:
+    """So that equal work writes equal files."""
+    with stage("train_sft") as run:
+        run.log(1, {"train/loss": 1.0, "time/tokens_per_s": 321.0})
+        run.metrics({"steps": 1, "time/tokens_per_s_mean": 123.0})
+    assert [path.name for path in _files("plots")] == ["train.csv"]
+    assert json.loads(Path("metrics/train_sft.json").read_text()) == {"steps": 1}
+    recorded = runs(project)["train_sft"].data.metrics
+    assert (recorded["time/tokens_per_s"], recorded["time/tokens_per_s_mean"]) == (321.0, 123.0)
+
+
+def test_a_resumed_stage_has_the_whole_curve_in_its_files_and_in_its_run(project: Path) -> None:
+    Path("dvc.yaml").write_text(json.dumps({"stages": {"train_sft": {"params": ["train_sft"], "deps": ["x"]}}}))
+    with pytest.raises(ZeroDivisionError):
+        _three_steps()
+    assert not Path("plots").exists()
+    with stage("train_sft") as run:
+        checkpoints = run.checkpoints(2)
+        assert checkpoints is not None
+        assert checkpoints.load() == {"step": 2}
+        run.log(3, {"train/loss": 0.25})
+        run.table("samples", {"step": [3], "response": ["answer 3"]})
+        id = mlflow.active_run().info.run_id  # type: ignore[union-attr]
+    assert Path("plots/train_sft/train.csv").read_text() == "step,loss\n1,1.0\n2,0.5\n3,0.25\n"
+    assert not Path(".state/train_sft").exists()
+    client = mlflow.MlflowClient(f"sqlite:///{project}/mlflow.db")
+    history = client.get_metric_history(id, "train/loss")
+    assert sorted((point.step, point.value) for point in history) == [(1, 1.0), (2, 0.5), (3, 0.25)]
+    assert [point.step for point in client.get_metric_history(id, "time/rollout")] == [1, 2]
+    rows = json.loads(next(path for path in _files(f"mlartifacts/{id}") if path.name == "samples.json").read_text())
+    assert rows == {"columns": ["step", "response"], "data": [[step, f"answer {step}"] for step in (1, 2, 3)]}
+
+
+def _three_steps() -> None:
+    with stage("train_sft") as run:
+        checkpoints = run.checkpoints(2)
+        assert checkpoints is not None
+        for step in (1, 2, 3):
+            run.log(step, {"train/loss": 1 / step, "time/rollout": 9.0})
+            run.table("samples", {"step": [step], "response": [f"answer {step}"]})
+            if checkpoints.due(step):
+                checkpoints.save(step, {"step": step})
+        _ = 1 / 0
+
+
+def test_without_a_pipeline_no_state_is_saved(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with stage("train_sft") as run:
+        assert run.checkpoints(2) is None
+    assert "no dvc.yaml here lists it: its state is not saved" in capsys.readouterr().err
 
 
 def test_stages_of_one_reproduction_share_a_parent(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +235,29 @@ def test_a_killed_stage_says_so(project: Path, number: signal.Signals, status: i
     assert "Traceback" not in shown
     assert {name: run.info.status for name, run in runs(project).items()} == {"r1": "KILLED", "train_sft": "KILLED"}
     assert not Path("plots").exists()
+
+
+def test_the_run_of_a_stage_that_was_killed_outright_is_ended_by_the_next_one(project: Path) -> None:
+    body = "print(mlflow.active_run().info.run_id, flush=True)\ntime.sleep(60)"
+    with start(project, body, CHATLOOM_REPRODUCTION="r1") as killed, start(project, body) as alive:
+        ids = [process.stdout.readline().strip() for process in (killed, alive) if process.stdout is not None]
+        killed.kill()
+        killed.wait()
+        client = mlflow.MlflowClient(f"sqlite:///{project}/mlflow.db")
+        elsewhere = client.create_run(client.get_run(ids[0]).info.experiment_id, tags=client.get_run(ids[0]).data.tags)
+        client.set_tag(elsewhere.info.run_id, "chatloom.workspace", "/elsewhere")
+        ids += [elsewhere.info.run_id, runs(project)["r1"].info.run_id]
+        with stage("raw_data"):
+            assert [client.get_run(id).info.status for id in ids] == ["RUNNING"] * 4, "not its business"
+        with stage("train_sft"):
+            assert [client.get_run(id).info.status for id in ids] == ["KILLED", "RUNNING", "RUNNING", "KILLED"]
+        alive.kill()
+
+
+def test_a_number_that_another_process_got_is_no_sign_of_life() -> None:
+    own = psutil.Process()
+    assert _is_running(own.pid, own.create_time())
+    assert not _is_running(own.pid, own.create_time() - 3600)
 
 
 def test_mlflow_down_names_the_variable(

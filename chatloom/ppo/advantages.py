@@ -1,4 +1,4 @@
-"""Rewards and generalised advantage estimation. All tensors are (B, R), zero beyond a row's response."""
+"""Rewards and generalised advantage estimation. All tensors are (B, R); results are zero beyond a row's response."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 def token_rewards(scores: Tensor, kl: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:
     """-kl_coef * kl at each token; the score (B) once, at the last token of the response."""
-    rewards = -kl_coef * kl * response_mask
+    rewards = -kl_coef * kl.masked_fill(~response_mask, 0)
     last = response_mask.sum(1) - 1
     rewards[torch.arange(len(scores), device=scores.device), last] += scores
     return rewards
@@ -19,7 +19,8 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, la
 
     delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  returns = A + V, from unwhitened A.
     """
-    values = values * response_mask
+    # Filled, not multiplied: what stands beyond the end may be anything, NaN included.
+    rewards, values = rewards.masked_fill(~response_mask, 0), values.masked_fill(~response_mask, 0)
     next_value = torch.zeros_like(values[:, 0])
     next_advantage = torch.zeros_like(next_value)
     advantages = torch.zeros_like(values)
@@ -29,4 +30,4 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, la
         next_advantage = delta + gamma * lam * next_advantage
         next_value = values[:, t]
         advantages[:, t] = next_advantage
-    return advantages * response_mask, (advantages + values) * response_mask
+    return advantages, advantages + values

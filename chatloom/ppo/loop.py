@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -14,21 +15,21 @@ from torch import Tensor
 from chatloom.batches import chunks
 from chatloom.config import TrainPpoParams
 from chatloom.data.examples import Example
-from chatloom.errors import InputError
+from chatloom.data.prepared import PreparedRow
 from chatloom.optim import MasterAdamW, ParameterGroup, lr_factor, require_finite
 from chatloom.packing import Packed, pack
+from chatloom.ppo import guards
 from chatloom.ppo.experience import Experience, Rollout, make_experience, roll_out
 from chatloom.ppo.kl import KlController
 from chatloom.ppo.losses import policy_loss, value_loss
+from chatloom.ppo.preflight import require_first_step_parity
 from chatloom.ppo.roles import Roles
 from chatloom.progress import progress
+from chatloom.resume import Checkpoints, weights_hash
 
 T = TypeVar("T")
 Log = Callable[[int, Mapping[str, float]], None]
 OnSamples = Callable[[int, Rollout, Experience], None]
-
-FIRST_STEP_TOLERANCE = 0.05
-"""Largest mean |log ratio| or |KL| a token before the first update: rounding of bfloat16 stays far below it."""
 
 
 def train_ppo(
@@ -38,6 +39,9 @@ def train_ppo(
     params: TrainPpoParams,
     log: Log,
     on_samples: OnSamples,
+    checkpoints: Checkpoints | None = None,
+    *,
+    held_out: Sequence[PreparedRow] = (),
 ) -> dict[str, float]:
     """Train policy and value in place.
 
@@ -46,10 +50,13 @@ def train_ppo(
         ptx: supervised examples mixed into each optimizer step.
         log: called with (step, metrics) after each step.
         on_samples: called every `params.sample_every` steps with what was sampled.
+        checkpoints: where the state is saved and found again; None starts afresh and saves none.
+        held_out: rows with a reference answer, looked at every `params.guards.held_out_every` steps.
+
+    Raises:
+        GuardStop: where a guard of `params.guards` whose action is `stop` finds something; the state is saved then.
     """
     generator = torch.Generator().manual_seed(params.seed)
-    prompt_batches = _cycle(prompts, params.rollout_batch, params.seed)
-    ptx_batches = _cycle(ptx, params.ptx_batch, params.seed + 1) if params.ptx_coef > 0 else None
     optimizer = MasterAdamW(
         [
             ParameterGroup(roles.policy.parameters(), params.optimizer.lr),
@@ -58,15 +65,30 @@ def train_ppo(
         params.optimizer,
     )
     controller = KlController.start(params.kl)
-    history: list[dict[str, float]] = []
-    with progress("train_ppo", params.num_steps) as advance:
-        for step in range(1, params.num_steps + 1):
+    heads = [role.head for role in (roles.reward_model, roles.value_model) if role.head is not None]
+    done, history = 0, []
+    # The reference is part of the key: KL to anything but the original SFT model would be another run.
+    saved = checkpoints.load(reference=weights_hash(roles.ref_policy.model)) if checkpoints is not None else None
+    if saved is not None:
+        done, history, controller.coef = saved["step"], saved["history"], saved["kl_coef"]
+        optimizer.load_state_dict(saved["optimizer"])
+        generator.set_state(saved["generator"])
+        for head, state in zip(heads, saved["heads"], strict=True):
+            head.load_state_dict(state)
+        if stop := guards.check(history, params.guards):
+            raise stop  # what stopped it is still so: a retry must not go on step by step
+    baseline = guards.answer(roles, roles.ref_policy, held_out, params) if held_out else None
+    updates = done * params.ppo_epochs * params.num_minibatches
+    prompt_batches = islice(_cycle(prompts, params.rollout_batch, params.seed), done, None)
+    ptx_batches = islice(_cycle(ptx, params.ptx_batch, params.seed + 1), updates, None) if params.ptx_coef > 0 else None
+    with progress("train_ppo", params.num_steps - done) as advance, checkpoints or nullcontext():
+        for step in range(done + 1, params.num_steps + 1):
             started = time.monotonic()
             rollout = roll_out(roles, next(prompt_batches), params, generator)
             rolled_out = time.monotonic()
             experience = make_experience(roles, rollout, params, controller.coef)
             if step == 1:
-                _require_parity(roles, experience, params)
+                require_first_step_parity(roles, experience, params)
             scored = time.monotonic()
             factor = lr_factor(step - 1, params.num_steps, params.optimizer)
             update = _update(roles, experience, ptx_batches, params, optimizer, factor, generator, step)
@@ -80,11 +102,27 @@ def train_ppo(
                 "time/update": now - scored,
                 "time/tokens_per_s": tokens / (rolled_out - started),
             }
+            if baseline is not None and step % params.guards.held_out_every == 0:
+                answers = guards.answer(roles, roles.policy, held_out, params)
+                metrics |= guards.held_out_metrics(answers, baseline)
             log(step, metrics)
             history.append(metrics)
             if step % params.sample_every == 0 or step in (1, params.num_steps):
                 on_samples(step, rollout, experience)
             advance(score=metrics["objective/score"], kl=metrics["objective/kl"], kl_coef=controller.coef)
+            stop = guards.check(history, params.guards)
+            if checkpoints is not None and (stop or checkpoints.due(step)):
+                state = {
+                    "step": step,
+                    "history": history,
+                    "kl_coef": controller.coef,
+                    "optimizer": optimizer.state_dict(),
+                    "generator": generator.get_state(),
+                    "heads": [head.state_dict() for head in heads],
+                }
+                checkpoints.save(step, state)
+            if stop:
+                raise stop
     return _summary(history, params)
 
 
@@ -162,28 +200,6 @@ def _backward(loss: Tensor, coef: float, totals: dict[str, float], name: str, st
     (coef * loss).backward()
 
 
-@torch.no_grad()
-def _require_parity(roles: Roles, experience: Experience, params: TrainPpoParams) -> None:
-    """Before the first update the policy is its reference, and a second pass repeats the first one's logprobs.
-
-    Raises:
-        InputError: where it is not so: another tokenizer, template, dropout or adapter state stands behind it, and
-            PPO would optimise noise.
-    """
-    packed = pack(experience.examples[: params.batch_size], roles.chat.device)
-    mask = experience.response_mask[: params.batch_size]
-    again = roles.policy.logprobs(packed, params.temperature)
-    log_ratio = float((again - experience.old_logprobs[: params.batch_size][mask]).abs().mean())
-    drift = float(experience.kl[experience.response_mask].abs().mean())
-    for name, value in (("log ratio", log_ratio), ("KL to the reference", drift)):
-        if not math.isfinite(value) or value > FIRST_STEP_TOLERANCE:
-            raise InputError(
-                f"train_ppo: before the first update the mean absolute {name} a token is {value:.3g}, not 0; "
-                "models/sft and models/reward do not belong together, or the policy is not the reference: "
-                "run train_sft and what follows it again"
-            )
-
-
 def _cycle(rows: Sequence[T], size: int, seed: int) -> Iterator[list[T]]:
     """Batches without end: every row once a pass, each pass in its own order."""
     generator = torch.Generator().manual_seed(seed)
@@ -212,6 +228,6 @@ def _summary(history: Sequence[dict[str, float]], params: TrainPpoParams) -> dic
         **first,
         **last,
         "objective/kl_coef": history[-1]["objective/kl_coef"],
-        "episodes_per_s": len(history) * params.rollout_batch / seconds,
-        "rollout_tokens_per_s": mean(history, "time/tokens_per_s"),
+        "time/episodes_per_s": len(history) * params.rollout_batch / seconds,
+        "time/tokens_per_s_mean": mean(history, "time/tokens_per_s"),
     }

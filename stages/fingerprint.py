@@ -1,0 +1,55 @@
+"""What a stage depends on, as hashes: its state may be resumed only while they stay."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from chatloom.config import Params
+from chatloom.resume import file_hash
+
+
+def fingerprint(stage: str, params: Params, pipeline: Path = Path("dvc.yaml")) -> dict[str, str] | None:
+    """Hashes of everything DVC lists for `stage`: `{"params train_sft": ..., "code chatloom/sft.py": ...}`.
+
+    Content decides, as with DVC, and not times or names of runs. None where `pipeline` is missing or does not list the
+    stage: what the stage depends on is unknown then.
+    """
+    if not pipeline.is_file():
+        return None
+    listed = yaml.safe_load(pipeline.read_text(encoding="utf-8"))["stages"].get(stage)
+    if listed is None:
+        return None
+    values = params.model_dump(mode="json", by_alias=True)
+    values["train_ppo"].pop("guards")  # they decide when to stop, not what is computed
+    hashes = {f"params {key}": _text_hash(json.dumps(_value(values, key), sort_keys=True)) for key in listed["params"]}
+    for dep in listed["deps"]:
+        kind = "code" if dep.startswith(("stages/", "chatloom/")) else "data"
+        hashes[f"{kind} {dep}"] = tree_hash(Path(dep))
+    return hashes
+
+
+def tree_hash(path: Path) -> str:
+    """Of a file its SHA-256, of a folder that of its files' names and contents; of what is missing, a word."""
+    if not path.exists():
+        return "missing"
+    if path.is_file():
+        return file_hash(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+    return _text_hash("\n".join(f"{file_hash(file)} {file.relative_to(path).as_posix()}" for file in files))
+
+
+def _value(values: dict[str, Any], key: str) -> Any:
+    """The value of a dotted key."""
+    inside: Any = values
+    for part in key.split("."):
+        inside = inside[part]
+    return inside
+
+
+def _text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
