@@ -32,10 +32,10 @@ def free_port() -> int:
 
 
 def wait_until(what: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 180) -> Any:
-    """The first true answer of `what`; a busy server that does not answer at all is asked again."""
+    """The first true answer of `what`; a server too busy to answer (503: its database is locked) is asked again."""
     deadline = time.monotonic() + seconds
     while True:
-        with contextlib.suppress(httpx.TransportError):
+        with contextlib.suppress(httpx.HTTPError):
             if answer := what():
                 return answer
         assert process.poll() is None, "the servers ended"
@@ -88,12 +88,17 @@ def test_a_worker_runs_the_deployment_and_cancels_it(
     (step,) = deployment["pull_steps"]
     assert step["prefect.deployments.steps.set_working_directory"]["directory"] == str(checkout)
 
+    def post(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        answer: dict[str, Any] = wait_until(
+            lambda: httpx.post(f"{prefect}/{path}", json=body).raise_for_status().json(), process
+        )
+        return answer
+
     def start(preset: str) -> str:
-        url = f"{prefect}/deployments/{deployment['id']}/create_flow_run"
-        return str(httpx.post(url, json={"parameters": {"preset": preset}}).raise_for_status().json()["id"])
+        return str(post(f"deployments/{deployment['id']}/create_flow_run", {"parameters": {"preset": preset}})["id"])
 
     def state(run: str, *kinds: str) -> dict[str, Any] | None:
-        found: dict[str, Any] = httpx.get(f"{prefect}/flow_runs/{run}").json()["state"]
+        found: dict[str, Any] = httpx.get(f"{prefect}/flow_runs/{run}").raise_for_status().json()["state"]
         return found if found["type"] in kinds else None
 
     run = start("tiny")
@@ -102,7 +107,7 @@ def test_a_worker_runs_the_deployment_and_cancels_it(
     query = {"flow_runs": {"id": {"any_": [run]}}}
 
     def outcomes() -> dict[str, str]:
-        task_runs = httpx.post(f"{prefect}/task_runs/filter", json=query).json()
+        task_runs = httpx.post(f"{prefect}/task_runs/filter", json=query).raise_for_status().json()
         return {one["name"]: one["state_name"] for one in task_runs if one["name"] in STAGES}
 
     # The server records what became of tasks by and by, and may still be at it when the flow has ended.
@@ -117,8 +122,7 @@ def test_a_worker_runs_the_deployment_and_cancels_it(
     run = start("default")
     stage = psutil.Process(int(wait_until(lambda: pid.is_file() and pid.read_text().strip(), process)))
     tree = [stage, *stage.children(recursive=True)]
-    cancelling = {"state": {"type": "CANCELLING"}}
-    httpx.post(f"{prefect}/flow_runs/{run}/set_state", json=cancelling).raise_for_status()
+    post(f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
     wait_until(lambda: state(run, "CANCELLED"), process)
     assert psutil.wait_procs(tree, timeout=10)[1] == []
 
