@@ -31,6 +31,8 @@ class MasterAdamW:
     def __init__(self, groups: Iterable[ParameterGroup], params: Optimizer) -> None:
         self.params = params
         self._pairs: list[tuple[nn.Parameter, Tensor]] = []
+        self._has_gradient: set[nn.Parameter] = set()
+        """Since the last step; what a master's gradient holds otherwise is of the step before."""
         master_groups = []
         for group in groups:
             masters = [self._master(parameter) for parameter in group.parameters]
@@ -44,10 +46,13 @@ class MasterAdamW:
         master = parameter.detach().to(torch.float32, copy=True)
         master.grad = torch.zeros_like(master)
 
-        def move_gradient(parameter: Tensor, master: Tensor = master) -> None:
+        def move_gradient(parameter: nn.Parameter, master: Tensor = master) -> None:
             assert parameter.grad is not None
-            assert master.grad is not None
-            master.grad.add_(parameter.grad)
+            if parameter in self._has_gradient:
+                _gradient(master).add_(parameter.grad)
+            else:  # over the old one, which so need not be cleared first
+                _gradient(master).copy_(parameter.grad)
+                self._has_gradient.add(parameter)
             parameter.grad = None
 
         parameter.register_post_accumulate_grad_hook(move_gradient)
@@ -61,17 +66,21 @@ class MasterAdamW:
         Raises:
             FloatingPointError: where a gradient is not finite; no weight has changed then.
         """
+        for parameter, master in self._pairs:
+            if parameter not in self._has_gradient:
+                _gradient(master).zero_()
         masters = [master for _, master in self._pairs]
-        norm = torch.nn.utils.clip_grad_norm_(masters, self.params.max_grad_norm)
+        norm = torch.nn.utils.get_total_norm([_gradient(master) for master in masters])
         if not math.isfinite(float(norm)):
             raise FloatingPointError(f"gradient norm is {float(norm)}")
+        if norm > self.params.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(masters, self.params.max_grad_norm, norm)
         for group in self.adamw.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor
         self.adamw.step()
         for parameter, master in self._pairs:
             parameter.copy_(master)
-            assert master.grad is not None
-            master.grad.zero_()
+        self._has_gradient.clear()
         return float(norm)
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,6 +95,11 @@ class MasterAdamW:
             parameter.copy_(master)
         moments = {i: {name: value.clone() for name, value in own.items()} for i, own in state["moments"].items()}
         self.adamw.load_state_dict({"state": moments, "param_groups": self.adamw.state_dict()["param_groups"]})
+
+
+def _gradient(master: Tensor) -> Tensor:
+    assert master.grad is not None
+    return master.grad
 
 
 def lr_factor(step: int, num_steps: int, params: Optimizer) -> float:
