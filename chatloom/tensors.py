@@ -39,7 +39,8 @@ def gather_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, temperature: 
         temperature: of the distribution that is scored; the one that is sampled from.
 
     Returns:
-        (N) float32. Logits exist for `LOGITS_CHUNK` tokens at a time, in the backward pass too.
+        (N) float32. Logits exist for `LOGITS_CHUNK` tokens at a time. Where the head trains, (N, V) numbers of its
+        precision are kept for the backward pass.
     """
     logprobs, _ = _LinearLogprobs.apply(hidden, head, targets, temperature, False)
     return cast(Tensor, logprobs)
@@ -54,52 +55,51 @@ def logprobs_and_entropies(
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """log_softmax(hidden head^T / temperature) at the targets, without keeping logits.
+    """log_softmax(hidden head^T / temperature) at the targets, without keeping float32 logits.
 
-    d logprob / d hidden = (head[target] - p head) / temperature needs the probabilities p, which are at hand in the
-    forward pass: it is taken there, and a frozen head costs two products, not four. Where the head trains, p is made
-    again.
+    With r = one-hot(target) - probabilities, d logprob / d hidden = r head / temperature: taken in the forward pass,
+    where r is at hand. Where the head trains, r is kept in the head's precision: d logprob / d head = r hidden /
+    temperature.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, temperature: float, with_entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        ctx.temperature = temperature
-        keep_gradient = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
+        ctx.temperature, ctx.head_shape = temperature, head.shape
+        differentiable, head_trains = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[1]
         logprobs, entropies = (hidden.new_zeros(len(targets), dtype=torch.float32) for _ in range(2))
-        gradient = torch.empty_like(hidden) if keep_gradient else hidden.new_empty(0)
+        gradient = torch.empty_like(hidden) if differentiable else hidden.new_empty(0)
+        kept = []
         for rows in _chunk_slices(len(targets)):
             logits = _scaled_logits(hidden[rows], head, temperature)
             normalizer = logits.logsumexp(-1)
             logprobs[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - normalizer
-            if not (with_entropy or keep_gradient):
+            if not (with_entropy or differentiable):
                 continue
             probabilities = torch.softmax(logits, dim=-1)
             if with_entropy:
                 entropies[rows] = normalizer - torch.linalg.vecdot(probabilities, logits)
-            if keep_gradient:
-                expected = probabilities.to(head.dtype) @ head
-                gradient[rows] = (head[targets[rows]] - expected) / temperature
-        ctx.save_for_backward(hidden, head, targets, gradient)
+            if differentiable:
+                ones = torch.ones_like(logprobs[rows])[:, None]
+                residual = probabilities.neg_().scatter_add_(1, targets[rows, None], ones).to(head.dtype)
+                gradient[rows] = residual @ head / temperature
+                kept += [residual] if head_trains else []
+        ctx.save_for_backward(hidden, targets, gradient, *kept)
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        hidden, head, targets, gradient = ctx.saved_tensors
+        hidden, targets, gradient, *kept = ctx.saved_tensors
         weights = upstream[0][:, None]
+        hidden_grad = (gradient * weights).to(hidden.dtype)
         if not ctx.needs_input_grad[1]:
-            return (gradient * weights).to(hidden.dtype), None, None, None, None
-        hidden_grad = torch.empty_like(hidden)
-        head_grad = torch.zeros_like(head)
-        for rows in _chunk_slices(len(targets)):
-            probabilities = torch.softmax(_scaled_logits(hidden[rows], head, ctx.temperature), dim=-1)
-            logits_grad = probabilities.mul_(-weights[rows] / ctx.temperature)
-            logits_grad.scatter_add_(1, targets[rows, None], weights[rows] / ctx.temperature)
-            logits_grad = logits_grad.to(head.dtype)
-            hidden_grad[rows] = logits_grad @ head
-            head_grad.addmm_(logits_grad.T, hidden[rows])
+            return hidden_grad, None, None, None, None
+        weighted = (hidden * (weights / ctx.temperature)).to(hidden.dtype)
+        head_grad = weighted.new_zeros(ctx.head_shape)
+        for rows, residual in zip(_chunk_slices(len(targets)), kept, strict=True):
+            head_grad.addmm_(residual.T, weighted[rows])
         return hidden_grad, head_grad, None, None, None
 
 
