@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from chatloom.models.attention import FLOAT32_BACKWARD_UP_TO, packed_attention
+from chatloom.models.attention import KERNEL_UP_TO, packed_attention
 
 
 def by_hand(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
@@ -41,7 +41,7 @@ def test_output_and_gradients(dtype: torch.dtype, tolerance: float, train: bool)
 
 def test_a_pass_with_gradients_scores_as_one_without() -> None:
     """Else the ratio before the first PPO update would not be 1."""
-    lengths = (40, FLOAT32_BACKWARD_UP_TO + 1)
+    lengths = (40, KERNEL_UP_TO // 2)
     generator = torch.Generator().manual_seed(0)
     states = [torch.randn(1, heads, sum(lengths), 16, generator=generator).bfloat16() for heads in (4, 2, 2)]
     scored, _ = packed_attention(torch.nn.Module(), *states, None, lengths=lengths)

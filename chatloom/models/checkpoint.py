@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from chatloom.device import Device, resolve_device
 from chatloom.errors import InputError
-from chatloom.models import attention
+from chatloom.models import attention, norm
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def load_on(path: Path, device: Device) -> ChatModel:
             ).to(device.device)
     except (OSError, json.JSONDecodeError, SafetensorError, KeyError) as error:
         raise InputError(f"{path}: the checkpoint cannot be loaded: {error}") from error
+    norm.use_kernels(model)
     model.eval()
     tokenizer = load_tokenizer(path)
     return ChatModel(model, tokenizer, stop_ids(path), int(tokenizer.pad_token_id))

@@ -48,6 +48,11 @@ class Pass:
     """(n, 1, 1, S) what is added to attention scores: 0 up to a row's own position, -inf behind it"""
 
     @property
+    def row_lengths(self) -> Tensor:
+        """(n) tokens of the rows under way, the new ones counted in."""
+        return self.positions[: self.num_rows] + 1
+
+    @property
     def last(self) -> Tensor:
         """(n + k) where the last token of each row stands."""
         return torch.tensor([*[1] * self.num_rows, *self.prompt_lengths], device=self.input_ids.device).cumsum(0) - 1
@@ -94,6 +99,10 @@ class KeyValueCache:
             # Zeros, for what is masked has weight 0, and 0 times what torch.empty finds in memory may be NaN.
             self._layers.append(entries.new_zeros(self._num_rows, self._room, *entries.shape[1:]))
         self._layers[layer].flatten(0, 1).index_copy_(0, slots, entries)
+
+    def layer(self, layer: int) -> Tensor:
+        """(rows, room, 2, heads, D) all that is there, and room for what comes."""
+        return self._layers[layer]
 
     def read(self, layer: int, step: Pass) -> tuple[Tensor, Tensor]:
         """Keys and values (n, heads, S, D) of the rows that were there before; views."""

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from chatloom import kernels
 from chatloom.models.decoder import KeyValueCache, Pass
+from chatloom.models.norm import scale_to_unit
 
 Linear = Callable[[Tensor], Tensor]
 """(T, in) to (T, out)"""
@@ -69,6 +71,9 @@ class LlamaDecoder:
         self._epsilon: float = config.rms_norm_eps
         self._heads: tuple[int, int] = (config.num_attention_heads, config.num_key_value_heads)
         self._tile = TILE if snapshot else 1
+        self._kernels = kernels.attention_library(
+            model.lm_head.weight, config.head_dim, config.num_attention_heads // config.num_key_value_heads
+        )
         self._cache = KeyValueCache(num_rows, model.lm_head.weight.device, model.lm_head.weight.dtype)
 
     @torch.inference_mode()
@@ -90,29 +95,51 @@ class LlamaDecoder:
         self._cache.drop(row)
 
     def _scale(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(hidden, weight.shape, weight, self._epsilon)
+        return scale_to_unit(hidden, weight, self._epsilon)
 
     def _attend(self, layer: int, states: Tensor, rotation: tuple[Tensor, Tensor], step: Pass) -> Tensor:
         """Projected states (T, (heads + 2 key heads) * D) to (T, heads * D); what fills the tile stays 0."""
-        heads, key_heads = self._heads
         n, count = step.num_rows, len(step.positions)
-        by_head = states[:count].unflatten(-1, (heads + 2 * key_heads, -1))
-        turned = _rotate(by_head[:, : heads + key_heads], *rotation)
-        queries, keys, values = turned[:, :heads], turned[:, heads:], by_head[:, heads + key_heads :]
-        self._cache.write(layer, torch.stack((keys, values), dim=1), step.slots)
         parts = []
         if n:
-            # Query heads that share a key head are queries of that head: its keys are read once for all of them.
-            grouped = queries[:n].unflatten(1, (key_heads, -1))
-            parts.append(F.scaled_dot_product_attention(grouped, *self._cache.read(layer, step), step.mask).flatten(1))
+            parts.append(self._attend_rows(layer, states[:n], [part[:n] for part in rotation], step))
         if step.prompt_lengths:
-            packed = (t[n:].transpose(0, 1).split(step.prompt_lengths, dim=1) for t in (queries, keys, values))
-            for q, k, v in zip(*packed, strict=True):
-                own = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)
-                parts.append(own[0].transpose(0, 1).flatten(1))
+            parts += self._attend_prompts(layer, states[n:count], [part[n:] for part in rotation], step)
         if count < len(states):
             parts.append(states.new_zeros(len(states) - count, parts[0].shape[1]))
         return torch.cat(parts)
+
+    def _attend_rows(self, layer: int, states: Tensor, rotation: Sequence[Tensor], step: Pass) -> Tensor:
+        """One token of each row: it attends to all of its row that is in the cache, and to itself."""
+        if self._kernels is not None:
+            cosine, sine = (part[:, 0].contiguous() for part in rotation)
+            scale = cosine.shape[-1] ** -0.5
+            return kernels.attend_rows(
+                self._kernels, states, cosine, sine, self._cache.layer(layer), step.row_lengths, scale
+            )
+        queries, keys, values = self._turned(states, rotation)
+        self._cache.write(layer, torch.stack((keys, values), dim=1), step.slots[: step.num_rows])
+        # Query heads that share a key head are queries of that head: its keys are read once for all of them.
+        grouped = queries.unflatten(1, (keys.shape[1], -1))
+        return F.scaled_dot_product_attention(grouped, *self._cache.read(layer, step), step.mask).flatten(1)
+
+    def _attend_prompts(self, layer: int, states: Tensor, rotation: Sequence[Tensor], step: Pass) -> list[Tensor]:
+        """Prompts end to end: each attends to itself alone."""
+        queries, keys, values = self._turned(states, rotation)
+        self._cache.write(layer, torch.stack((keys, values), dim=1), step.slots[step.num_rows :])
+        packed = (t.transpose(0, 1).split(step.prompt_lengths, dim=1) for t in (queries, keys, values))
+        parts = []
+        for q, k, v in zip(*packed, strict=True):
+            own = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)
+            parts.append(own[0].transpose(0, 1).flatten(1))
+        return parts
+
+    def _turned(self, states: Tensor, rotation: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Projected states (T, (heads + 2 key heads) * D) as queries, keys and values (T, heads, D), in position."""
+        heads, key_heads = self._heads
+        by_head = states.unflatten(-1, (heads + 2 * key_heads, -1))
+        turned = _rotate(by_head[:, : heads + key_heads], *rotation)
+        return turned[:, :heads], turned[:, heads:], by_head[:, heads + key_heads :]
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

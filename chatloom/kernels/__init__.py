@@ -1,0 +1,168 @@
+"""Kernels in C for what PyTorch does slowly on a CPU in bfloat16, compiled where they run, when first asked for.
+
+Everything here gives None where there is no use for a kernel or no C compiler: callers then do the same with PyTorch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent
+FLAGS = [
+    "-std=gnu11",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-fopenmp",
+]
+if platform.machine() == "x86_64":
+    FLAGS.append("-mprefer-vector-width=512")
+LANES = 16
+SHARES = 16
+"""Parts that sums over rows are made in: fixed, so that results do not depend on the number of threads."""
+OFF = "CHATLOOM_KERNELS"
+"""Environment variable; 0 computes everything with PyTorch."""
+
+
+@functools.cache
+def compiled(name: str, **macros: int) -> ctypes.CDLL | None:
+    """`<name>.c` as a library, kept in the user's cache folder; None without a compiler that can make it."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None or os.environ.get(OFF) == "0":
+        log.info("kernels: %s", "off" if compiler else "no C compiler; PyTorch does their work, more slowly")
+        return None
+    flags = [*FLAGS, "-shared", "-fPIC", *(f"-D{macro}={value}" for macro, value in macros.items())]
+    source = SOURCES / f"{name}.c"
+    parts = [source.read_bytes(), (SOURCES / "vectors.h").read_bytes(), " ".join(flags).encode(), _machine(compiler)]
+    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
+    library = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "chatloom", f"{name}-{digest}.so")
+    try:
+        if not library.exists():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=library.parent) as folder:
+                made = Path(folder, library.name)
+                command = [compiler, *flags, str(source), "-o", str(made), "-lm"]
+                subprocess.run(command, check=True, capture_output=True, text=True)
+                made.replace(library)
+        return ctypes.CDLL(str(library))
+    except (OSError, subprocess.CalledProcessError) as error:
+        message = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+        log.warning("kernels: %s cannot be compiled; PyTorch does its work, more slowly: %s", source.name, message)
+        return None
+
+
+def norm_library(x: Tensor) -> ctypes.CDLL | None:
+    """For `rms_norm` and `rms_norm_backward` over the last dimension of `x`."""
+    return compiled("norm") if _fits(x) and x.shape[-1] % LANES == 0 else None
+
+
+def attention_library(x: Tensor, head_size: int, group: int) -> ctypes.CDLL | None:
+    """For `attend_rows` and `attention_backward` on tensors like `x`: `group` query heads share a key head."""
+    return compiled("attention", HEAD=head_size, GROUP=group) if _fits(x) and head_size % LANES == 0 else None
+
+
+def rms_norm(library: ctypes.CDLL, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """weight * x / rms(x) like x (..., H), and 1 / rms(x) (...) in float32."""
+    x = x.contiguous()
+    y, scale = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    rows, width = scale.numel(), x.shape[-1]
+    library.rms_norm(
+        *_pointers(x, weight, y, scale), ctypes.c_int64(rows), ctypes.c_int64(width), ctypes.c_float(epsilon)
+    )
+    return y, scale
+
+
+def rms_norm_backward(
+    library: ctypes.CDLL, upstream: Tensor, x: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `x` (..., H) and of the weight (H), the latter in float32."""
+    upstream, x = upstream.contiguous(), x.contiguous()
+    x_grad, weight_grads = torch.empty_like(x), x.new_zeros((SHARES, x.shape[-1]), dtype=torch.float32)
+    counts = (ctypes.c_int64(value) for value in (scale.numel(), x.shape[-1], SHARES))
+    library.rms_norm_backward(*_pointers(upstream, x, weight, scale, x_grad, weight_grads), *counts)
+    return x_grad, weight_grads.sum(0)
+
+
+def attend_rows(
+    library: ctypes.CDLL, states: Tensor, cosine: Tensor, sine: Tensor, cache: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    """Attention of one new token in each of n sequences, whose key and value are put into the cache.
+
+    Args:
+        states: (n, (heads + 2 key heads) * D) queries, keys and values, positions not yet in them.
+        cosine, sine: (n, D) of each token's position; the sine has the sign of the rotation.
+        cache: (rows, room, 2, key heads, D), n rows or more; written to.
+        lengths: (n) int64 tokens of each sequence, the new one counted in.
+
+    Returns:
+        (n, heads * D)
+    """
+    room, _, key_heads, size = cache.shape[1:]
+    out = states.new_empty(len(states), states.shape[1] - 2 * key_heads * size)
+    counts = (ctypes.c_int64(value) for value in (len(states), room, key_heads))
+    library.attend_rows(*_pointers(states, cosine, sine, cache, lengths, out), *counts, ctypes.c_float(scale))
+    return out
+
+
+def attention_backward(
+    library: ctypes.CDLL,
+    states: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+    upstream: Tensor,
+    logsumexp: Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values of causal attention over sequences laid end to end.
+
+    Args:
+        states: queries (T, heads, D), keys and values (T, key heads, D), contiguous.
+        out, upstream: (T, heads, D), contiguous.
+        logsumexp: (heads, T) float32 of each query's scores.
+        lengths: of the sequences, summing to T.
+
+    Raises:
+        MemoryError: where the longest sequence's scores do not fit.
+    """
+    gradients = tuple(torch.empty_like(state) for state in states)
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    counts = (ctypes.c_int64(value) for value in (len(lengths), states[1].shape[1]))
+    tensors = (*states, out, upstream, logsumexp, *gradients, starts)
+    if library.attention_backward(*_pointers(*tensors), *counts, ctypes.c_float(scale)):
+        raise MemoryError(f"no memory for the attention gradient of {max(lengths)} tokens")
+    query, key, value = gradients
+    return query, key, value
+
+
+def _fits(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16
+
+
+def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
+    assert all(tensor.is_contiguous() for tensor in tensors)
+    return [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+
+
+def _machine(compiler: str) -> bytes:
+    """What `-march=native` depends on."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_bytes().splitlines() if cpu.exists() else [platform.processor().encode()]
+    flags = next((line for line in lines if line.startswith((b"flags", b"Features"))), lines[0])
+    version = subprocess.run([compiler, "--version"], check=False, capture_output=True).stdout
+    return flags + version

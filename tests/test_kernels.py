@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from chatloom import kernels
+from chatloom.models.attention import packed_attention
+from chatloom.models.norm import scale_to_unit, use_kernels
+
+pytestmark = pytest.mark.skipif(kernels.compiled("norm") is None, reason="no C compiler: nothing to compare")
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.detach().double() - expected.detach()).norm() / expected.detach().norm())
+
+
+def test_norm_and_its_gradients_are_those_of_float64() -> None:
+    """One rounding to bfloat16, 2^-9 at most, and the one that transformers makes before the weight."""
+    hidden, weight, upstream = (numbers(*shape, seed=i) for i, shape in enumerate([(2, 37, 48), (48,), (2, 37, 48)]))
+    states = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    exact = [state.detach().double().requires_grad_() for state in states]
+    expected = exact[0] / (exact[0].square().mean(-1, keepdim=True) + 1e-5).sqrt() * exact[1]
+
+    found = scale_to_unit(*states, 1e-5)
+    assert relative_error(found, expected) < 2**-8
+    gradients = torch.autograd.grad(found, states, upstream)
+    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, exact, upstream.double()), strict=True):
+        assert relative_error(gradient, wanted) < 2**-8
+
+
+def test_a_norm_layer_gives_what_transformers_gives() -> None:
+    layer = LlamaRMSNorm(64, 1e-5).bfloat16()
+    layer.weight.data.copy_(numbers(64))
+    hidden = numbers(3, 100, 64, seed=1)
+    expected = layer(hidden)
+    use_kernels(torch.nn.Sequential(layer))
+    different = (layer(hidden) != expected).float().mean()
+    assert different < 1e-3  # sums in another order: now and then a result lies on the other side of a rounding border
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sums_do_not_depend_on_the_number_of_threads(threads: int) -> None:
+    upstream, hidden, weight = numbers(100, 32), numbers(100, 32, seed=1), numbers(32, seed=2)
+    library = kernels.norm_library(hidden)
+    assert library is not None
+    _, scale = kernels.rms_norm(library, hidden, weight, 1e-5)
+    once = kernels.rms_norm_backward(library, upstream, hidden, weight, scale)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    again = kernels.rms_norm_backward(library, upstream, hidden, weight, scale)
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+@pytest.mark.parametrize("size", [16, 64])
+@pytest.mark.parametrize("group", [1, 3])
+def test_attention_gradients_are_those_of_float64(size: int, group: int) -> None:
+    lengths = (1, 16, 33, 7)
+    tokens = sum(lengths)
+    states = [numbers(1, n, tokens, size, seed=i).requires_grad_() for i, n in enumerate((2 * group, 2, 2))]
+    upstream = numbers(1, tokens, 2 * group, size, seed=9)
+    exact = [state.detach().double().requires_grad_() for state in states]
+    blocks = zip(*(state.split(lengths, dim=2) for state in exact), strict=True)
+    expected = torch.cat([F.scaled_dot_product_attention(*b, is_causal=True, enable_gqa=True) for b in blocks], dim=2)
+
+    found, _ = packed_attention(torch.nn.Module(), *states, None, lengths=lengths)
+    assert "_KernelBackward" in type(found.grad_fn).__name__
+    gradients = torch.autograd.grad(found, states, upstream)
+    wanted = torch.autograd.grad(expected.transpose(1, 2), exact, upstream.double())
+    for gradient, value in zip(gradients, wanted, strict=True):
+        assert relative_error(gradient, value) < 2**-7
+
+
+def test_a_row_attends_to_all_of_itself_and_to_nothing_else() -> None:
+    """Rows of different lengths, beside what another request has left behind them in the cache."""
+    key_heads, group, size, room = 2, 3, 32, 64
+    lengths = [1, 5, 64]
+    states = numbers(3, (group + 2) * key_heads * size)
+    cache = numbers(4, room, 2, key_heads, size, seed=1)
+    cache[0, 1:], cache[1, 5:] = math.nan, math.nan
+    before = cache.clone()
+    angles = torch.rand(3, size // 2, generator=torch.Generator().manual_seed(2)) * 6
+    cosine = torch.cat([angles.cos()] * 2, dim=-1).bfloat16()
+    sine = torch.cat([-angles.sin(), angles.sin()], dim=-1).bfloat16()
+    library = kernels.attention_library(states, size, group)
+    assert library is not None
+    found = kernels.attend_rows(library, states, cosine, sine, cache, torch.tensor(lengths), size**-0.5)
+
+    for row, length in enumerate(lengths):
+        by_head = states[row].double().unflatten(0, (-1, size))
+        turned = by_head * cosine[row].double() + by_head.roll(size // 2, dims=-1) * sine[row].double()
+        keys, values = before[row, :length].double().unbind(1)
+        keys[-1] = turned[group * key_heads :][:key_heads].bfloat16().double()
+        values[-1] = by_head[-key_heads:]
+        assert torch.equal(cache[row, length - 1].double(), torch.stack((keys[-1], values[-1])))
+        for head in range(group * key_heads):
+            scores = keys[:, head // group] @ turned[head].bfloat16().double() / size**0.5
+            expected = scores.softmax(0) @ values[:, head // group]
+            assert relative_error(found[row].unflatten(0, (-1, size))[head], expected) < 2**-7
+    assert torch.equal(cache[3], before[3])
+
+
+def test_not_a_number_is_not_lost() -> None:
+    """The guards see it in the loss."""
+    hidden = numbers(2, 16)
+    hidden[1, 3] = math.nan
+    normal = scale_to_unit(hidden, torch.ones(16).bfloat16(), 1e-5)
+    assert normal[1].isnan().all()
+    assert not normal[0].isnan().any()
+
+
+def test_without_a_compiler_pytorch_does_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CC", str(tmp_path / "no-such-compiler"))
+    kernels.compiled.cache_clear()
+    try:
+        hidden, weight = numbers(4, 32), numbers(32, seed=1)
+        assert kernels.norm_library(hidden) is None
+        expected = F.rms_norm(hidden, (32,), weight, 1e-5)
+        assert torch.equal(scale_to_unit(hidden, weight, 1e-5), expected)
+    finally:
+        kernels.compiled.cache_clear()
+
+
+def test_a_compiler_that_fails_is_said_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\necho no such flag >&2\nexit 1\n", encoding="utf-8")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    kernels.compiled.cache_clear()
+    try:
+        assert kernels.compiled("norm") is None
+    finally:
+        kernels.compiled.cache_clear()
+    assert "no such flag" in caplog.text
+    assert not list((tmp_path / "cache").rglob("*.so"))
