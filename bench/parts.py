@@ -61,12 +61,12 @@ class Part:
 
 
 SFT, REWARD, ROLLOUTS, PPO = "bench.ours.sft", "bench.ours.reward", "bench.ours.rollouts", "bench.ours.ppo"
-TRAINING = {"num_rows": 64, "batch_size": 8, "lr": 2e-5, "max_length": 512, "method": "full", "trainer": {}}
+TRAINING = {"num_rows": 40, "batch_size": 8, "lr": 2e-5, "max_length": 512, "method": "full", "trainer": {}}
 TRAINING_SMOKE = {"num_rows": 6, "batch_size": 2}
 FIXED, NATURAL = {"max_new_tokens": 64, "natural": False}, {"max_new_tokens": 256, "natural": True}
 GENERATION = {"num_prompts": 64, "batch_size": 16}
 GENERATION_SMOKE = {"num_prompts": 8, "batch_size": 4, "max_new_tokens": 8}
-EPISODES = {"num_prompts": 64, "batch_size": 8, "steps": 4, "lr": 1e-5, "ppo_epochs": 4}
+EPISODES = {"num_prompts": 64, "batch_size": 8, "steps": 3, "lr": 1e-5, "ppo_epochs": 4}
 EPISODES_SMOKE = {"num_prompts": 8, "batch_size": 4, "steps": 2, "max_new_tokens": 8}
 
 DEFAULTS, PACKING, TUNED = "TRL (defaults)", "TRL (packing)", "TRL (tuned)"
@@ -181,7 +181,7 @@ PARTS = (
         "reward",
         Training,
         "preferences",
-        {**TRAINING, "num_rows": 40},
+        {**TRAINING, "num_rows": 32},
         TRAINING_SMOKE,
         (Side(OURS, REWARD), Side(DEFAULTS, "bench.peers.reward", TRL)),
         (
