@@ -7,12 +7,12 @@ import torch
 
 from chatloom.data.comparisons import read_comparisons
 from chatloom.device import resolve_device
+from chatloom.models.adapters import trainable
 from chatloom.models.head import ScalarHead
 from chatloom.models.reward_model import ADAPTER, save_reward_model
 from chatloom.parallel.strategies import require_available
 from chatloom.reward import train_reward
 from stages.run import stage
-from stages.training import trainable
 
 SFT, COMPARISONS = Path("models/sft"), Path("data/comparisons")
 NUM_PROBES = 8

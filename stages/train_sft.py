@@ -6,12 +6,11 @@ from chatloom.data.examples import Example
 from chatloom.data.prepared import PreparedRow, read_split
 from chatloom.device import resolve_device
 from chatloom.errors import InputError
-from chatloom.models.adapters import merge_adapter
+from chatloom.models.adapters import merge_adapter, trainable
 from chatloom.models.checkpoint import save_causal_lm
 from chatloom.parallel.strategies import require_available
 from chatloom.sft import train_sft
 from stages.run import stage
-from stages.training import trainable
 
 BASE, TRAIN, EVAL = Path("models/base"), Path("data/prepared/sft"), Path("data/prepared/eval")
 ADAPTER = "sft"

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from bench.ours.training import device_of, trainable, training_values
+from bench.ours.training import device_of, training_values
 from bench.presets import preset_params
 from bench.side import Clock, Row, Training, print_result, read_job, read_rows
 from chatloom.batches import steps
 from chatloom.config import TrainRewardParams
 from chatloom.data.comparisons import IMPORTED, Comparison
-from chatloom.models.checkpoint import load_on
+from chatloom.models.adapters import trainable
 from chatloom.models.head import ScalarHead
+from chatloom.models.reward_model import ADAPTER
 from chatloom.reward import train_reward
 
 
@@ -25,10 +27,8 @@ def main() -> None:
     params = TrainRewardParams.model_validate({**values, "margin": 0.0, "centering": 0.0})
     device = device_of(job)
     pairs = [comparison(row, number) for number, row in enumerate(read_rows(job, job.num_rows))]
-    torch.manual_seed(job.seed)
-    model = load_on(Path(job.checkpoint), device).model
-    head = ScalarHead(model.config.hidden_size, torch.Generator().manual_seed(job.seed)).to(device.device)
-    reward_model = trainable(model, job, params, "reward", head)
+    trunk = trainable(Path(job.checkpoint), ADAPTER, params, device)
+    head = ScalarHead(trunk.model.config.hidden_size, torch.Generator().manual_seed(job.seed)).to(device.device)
     clock, losses = Clock(), []
 
     def log(_step: int, metrics: Mapping[str, float]) -> None:
@@ -36,7 +36,7 @@ def main() -> None:
             clock.step_ends()
             losses.append(metrics["train/loss"])
 
-    train_reward(reward_model, pairs, [], params, device.device, log)
+    train_reward(replace(trunk, head=head), pairs, [], params, device.device, log)
     timed = [pair for step in list(steps(pairs, params))[1:] for rows in step for pair in rows]
     print_result(
         work=len(timed),

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from bench.ours.arithmetic import matmul_flops_per_s, model_flops
-from bench.ours.training import device_of, trainable, training_values
+from bench.ours.training import device_of, training_values
 from bench.presets import preset_params
 from bench.side import Clock, Training, print_result, read_job, read_rows
 from chatloom.batches import steps
 from chatloom.config import TrainSftParams
 from chatloom.data.examples import Example
-from chatloom.models.checkpoint import load_on
+from chatloom.models.adapters import trainable
 from chatloom.sft import train_sft
 
 
@@ -24,9 +24,7 @@ def main() -> None:
     params = TrainSftParams.model_validate(training_values(job, preset_params(job.preset).train_sft.model_dump()))
     device = device_of(job)
     examples = [Example.of_response(row.prompt_ids, row.response_ids[0]) for row in read_rows(job, job.num_rows)]
-    torch.manual_seed(job.seed)
-    model = load_on(Path(job.checkpoint), device).model
-    policy = trainable(model, job, params, "sft")
+    policy = trainable(Path(job.checkpoint), "sft", params, device)
     clock, losses = Clock(), []
 
     def log(_step: int, metrics: Mapping[str, float]) -> None:
@@ -39,7 +37,7 @@ def main() -> None:
     after = matmul_flops_per_s(device.dtype)
 
     timed = [example for step in list(steps(examples, params))[1:] for rows in step for example in rows]
-    details = {"flops": model_flops(model, timed)} if job.method == "full" else {}
+    details = {"flops": model_flops(policy.model, timed)} if job.method == "full" else {}
     print_result(
         work=sum(len(example.input_ids) for example in timed),
         unit="tokens",
@@ -47,7 +45,7 @@ def main() -> None:
         threads=torch.get_num_threads(),
         loss=statistics.fmean(losses),
         matmul_flops_per_s=(before + after) / 2,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(p.numel() for p in policy.model.parameters()),
         **details,
     )
 

@@ -7,8 +7,6 @@ from typing import Any
 from bench.side import Job, Training
 from chatloom.config import Optimizer
 from chatloom.device import Device, resolve_device
-from chatloom.models.adapters import Role, add_adapter
-from chatloom.models.head import ScalarHead
 
 
 def device_of(job: Job) -> Device:
@@ -33,11 +31,3 @@ def training_values(job: Training, defaults: dict[str, Any]) -> dict[str, Any]:
 
 def optimizer(lr: float) -> Optimizer:
     return Optimizer(lr=lr, weight_decay=0.0, adam_eps=1e-8, warmup_steps=0, schedule="constant", max_grad_norm=1.0)
-
-
-def trainable(model: Any, job: Training, params: Any, name: str, head: ScalarHead | None = None) -> Role:
-    """The role that trains: the model itself, or a new adapter on it."""
-    if job.method == "full":
-        return Role(model, None, head)
-    add_adapter(model, name, params.lora, job.seed)
-    return Role(model, name, head)

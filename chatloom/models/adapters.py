@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,8 +13,10 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from chatloom.config import Lora
+from chatloom.config import Lora, Training
+from chatloom.device import Device
 from chatloom.errors import InputError
+from chatloom.models.checkpoint import load_on
 from chatloom.models.head import ScalarHead
 from chatloom.models.trunk import Below, run_above, run_below
 from chatloom.packing import Packed
@@ -81,6 +84,19 @@ class Role:
                 p for name, p in self.model.named_parameters() if self.head is None or not name.startswith("lm_head")
             ]
         return found + ([self.head.weight, self.head.offset] if self.head is not None else [])
+
+
+def trainable(checkpoint: Path, adapter: str, params: Training, device: Device) -> Role:
+    """The model as `params.method` wants it trained: whole, or with a new adapter called `adapter`."""
+    torch.manual_seed(params.seed)
+    model = load_on(checkpoint, device).model
+    if params.activation_checkpointing:
+        model.activation_checkpointing_enable()
+        model.train()
+    if params.method == "full":
+        return Role(model)
+    add_adapter(model, adapter, params.lora, params.seed)
+    return Role(model, adapter)
 
 
 def add_adapter(model: nn.Module, name: str, lora: Lora, seed: int) -> None:
