@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import tempfile
 from typing import Any
 
-import torch
-from datasets import Dataset
-from transformers import AutoConfig
 from trl import RewardConfig, RewardTrainer
 
-from bench.peers.training import StepClock, common_settings, counting, lora_config
-from bench.side import Row, Training, print_result, read_job, read_rows
+from bench.peers.training import train
+from bench.side import Row, Training, read_job, read_rows
 
 
 def main() -> None:
     job = read_job(Training)
     pairs = [tokens(row) for row in read_rows(job, job.num_rows)]
-    steps = StepClock()
-    counts: list[int] = []
-    with tempfile.TemporaryDirectory() as output:
-        trainer = RewardTrainer(
-            model=job.checkpoint,
-            args=RewardConfig(**common_settings(output, job)),
-            train_dataset=Dataset.from_list(pairs),
-            peft_config=lora_config(job, AutoConfig.from_pretrained(job.checkpoint).num_hidden_layers),
-            callbacks=[steps],
-        )
-        trainer.data_collator = counting(trainer.data_collator, lambda pair: 1, counts)
-        done = trainer.train()
-    print_result(
-        work=sum(counts[1:]),
-        unit="pairs",
-        seconds=steps.clock.seconds,
-        threads=torch.get_num_threads(),
-        loss=done.training_loss,
-        weights=str(next(trainer.model.parameters()).dtype),
-    )
+    train(job, pairs, trainer=RewardTrainer, config=RewardConfig, count=lambda pair: 1, unit="pairs")
 
 
 def tokens(row: Row) -> dict[str, Any]:

@@ -1,14 +1,17 @@
-"""What the trainers of the peer share: settings, and a clock on their steps."""
+"""What the trainers of the peer share: settings, a clock on their steps, and the run of SFT and reward training."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from datasets import Dataset
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import AutoConfig, TrainerCallback
 
-from bench.side import Clock, Training
+from bench.side import Clock, Training, print_result
 
 
 class StepClock(TrainerCallback):  # type: ignore[misc]
@@ -19,6 +22,45 @@ class StepClock(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.clock.step_ends()
+
+
+def train(
+    job: Training,
+    rows: list[dict[str, Any]],
+    *,
+    trainer: type[Any],
+    config: type[Any],
+    count: Callable[[Any], int],
+    unit: str,
+    **settings: Any,
+) -> None:
+    """Train over `rows` and print the result.
+
+    Args:
+        trainer: of the peer, and `config` the class of its arguments.
+        count: units of work in a row.
+        settings: of this kind of trainer alone.
+    """
+    steps = StepClock()
+    counts: list[int] = []
+    with tempfile.TemporaryDirectory() as output:
+        run = trainer(
+            model=job.checkpoint,
+            args=config(**common_settings(output, job), **settings),
+            train_dataset=Dataset.from_list(rows),
+            peft_config=lora_config(job, AutoConfig.from_pretrained(job.checkpoint).num_hidden_layers),
+            callbacks=[steps],
+        )
+        run.data_collator = counting(run.data_collator, count, counts)
+        done = run.train()
+    print_result(
+        work=sum(counts[1:]),
+        unit=unit,
+        seconds=steps.clock.seconds,
+        threads=torch.get_num_threads(),
+        loss=done.training_loss,
+        weights=str(next(run.model.parameters()).dtype),
+    )
 
 
 def common_settings(output: str, job: Training) -> dict[str, Any]:
