@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from bench.ours.training import device_of, optimizer
+from bench.ours.training import StepLog, device_of, optimizer
 from bench.presets import preset_params
-from bench.side import Clock, Ppo, print_result, read_job, read_rows
+from bench.side import Ppo, print_result, read_job, read_rows
 from chatloom.config import TrainPpoParams
 from chatloom.ppo.loop import train_ppo
 from chatloom.ppo.roles import load_roles
@@ -44,22 +44,15 @@ def main() -> None:
     roles = load_roles(Path(job.checkpoint), Path(job.reward_model), params, device_of(job))
     if not job.natural:
         roles = replace(roles, chat=replace(roles.chat, stop_ids=()))
-    clock, lengths, kls = Clock(), [], []
-
-    def log(_step: int, metrics: Mapping[str, float]) -> None:
-        if "objective/kl" in metrics:
-            clock.step_ends()
-            lengths.append(metrics["objective/response_tokens"])
-            kls.append(metrics["objective/kl"])
-
+    log = StepLog("objective/kl", "objective/response_tokens")
     train_ppo(roles, prompts, [], params, log, lambda *_: None)
     print_result(
         work=job.batch_size * (job.steps - 1),
         unit="episodes",
-        seconds=clock.seconds,
+        seconds=log.clock.seconds,
         threads=torch.get_num_threads(),
-        response_tokens=sum(lengths[1:]) / (job.steps - 1),
-        first_kl=kls[0],
+        response_tokens=statistics.fmean(log.values["objective/response_tokens"][1:]),
+        first_kl=log.values["objective/kl"][0],
     )
 
 

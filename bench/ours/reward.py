@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from bench.ours.training import device_of, training_values
+from bench.ours.training import StepLog, device_of, training_values
 from bench.presets import preset_params
-from bench.side import Clock, Row, Training, print_result, read_job, read_rows
+from bench.side import Row, Training, print_result, read_job, read_rows
 from chatloom.batches import steps
 from chatloom.config import TrainRewardParams
 from chatloom.data.comparisons import IMPORTED, Comparison
@@ -29,21 +28,15 @@ def main() -> None:
     pairs = [comparison(row, number) for number, row in enumerate(read_rows(job, job.num_rows))]
     trunk = trainable(Path(job.checkpoint), ADAPTER, params, device)
     head = ScalarHead(trunk.model.config.hidden_size, torch.Generator().manual_seed(job.seed)).to(device.device)
-    clock, losses = Clock(), []
-
-    def log(_step: int, metrics: Mapping[str, float]) -> None:
-        if "train/loss" in metrics:
-            clock.step_ends()
-            losses.append(metrics["train/loss"])
-
+    log = StepLog("train/loss")
     train_reward(replace(trunk, head=head), pairs, [], params, device.device, log)
     timed = [pair for step in list(steps(pairs, params))[1:] for rows in step for pair in rows]
     print_result(
         work=len(timed),
         unit="pairs",
-        seconds=clock.seconds,
+        seconds=log.clock.seconds,
         threads=torch.get_num_threads(),
-        loss=statistics.fmean(losses),
+        loss=statistics.fmean(log.values["train/loss"]),
     )
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from bench.ours.arithmetic import matmul_flops_per_s, model_flops
-from bench.ours.training import device_of, training_values
+from bench.ours.training import StepLog, device_of, training_values
 from bench.presets import preset_params
-from bench.side import Clock, Training, print_result, read_job, read_rows
+from bench.side import Training, print_result, read_job, read_rows
 from chatloom.batches import steps
 from chatloom.config import TrainSftParams
 from chatloom.data.examples import Example
@@ -25,12 +24,7 @@ def main() -> None:
     device = device_of(job)
     examples = [Example.of_response(row.prompt_ids, row.response_ids[0]) for row in read_rows(job, job.num_rows)]
     policy = trainable(Path(job.checkpoint), "sft", params, device)
-    clock, losses = Clock(), []
-
-    def log(_step: int, metrics: Mapping[str, float]) -> None:
-        if "train/loss" in metrics:
-            clock.step_ends()
-            losses.append(metrics["train/loss"])
+    log = StepLog("train/loss")
 
     before = matmul_flops_per_s(device.dtype)
     train_sft(policy, examples, {}, params, device.device, log)
@@ -41,9 +35,9 @@ def main() -> None:
     print_result(
         work=sum(len(example.input_ids) for example in timed),
         unit="tokens",
-        seconds=clock.seconds,
+        seconds=log.clock.seconds,
         threads=torch.get_num_threads(),
-        loss=statistics.fmean(losses),
+        loss=statistics.fmean(log.values["train/loss"]),
         matmul_flops_per_s=(before + after) / 2,
         parameters=sum(p.numel() for p in policy.model.parameters()),
         **details,
