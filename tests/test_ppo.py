@@ -28,11 +28,10 @@ from chatloom.data.comparisons import Comparison
 from chatloom.data.examples import Example
 from chatloom.data.prepared import PreparedRow
 from chatloom.errors import InputError
-from chatloom.evaluation.responses import scores as evaluation_scores
 from chatloom.models.adapters import Role, add_adapter, merge_adapter
 from chatloom.models.checkpoint import load_on
 from chatloom.models.head import ScalarHead
-from chatloom.models.reward_model import ADAPTER, save_reward_model
+from chatloom.models.reward_model import ADAPTER, save_reward_model, score_responses
 from chatloom.packing import pack
 from chatloom.ppo.experience import Rollout, make_experience, roll_out
 from chatloom.ppo.guards import GuardStop
@@ -229,8 +228,7 @@ def test_a_response_scores_the_same_in_reward_training_ppo_and_evaluation(
         assert score_comparisons(roles.reward_model, [comparison], CPU.device)[0].tolist() == pytest.approx(
             [score], abs=1e-5
         )
-        row = PreparedRow("r", "en", [], prompt, [False] * len(prompt), ["x"], [response])
-        assert evaluation_scores(roles.reward_model, [row], [response], CPU.device) == pytest.approx([score], abs=1e-5)
+        assert score_responses(roles.reward_model, [prompt], [response]) == pytest.approx([score], abs=1e-5)
 
 
 def test_the_value_model_starts_as_the_reward_model_gain_and_bias_included(

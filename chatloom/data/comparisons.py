@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from chatloom.data.prepared import Message, PreparedRow
+from chatloom.data.similarity import chrf
 from chatloom.errors import InputError
 
 SCHEMA = pa.schema(
@@ -72,15 +73,12 @@ def ranked_by_reference(
 ) -> Comparison | None:
     """Sampled responses ranked by their chrF (0 to 100) to the row's best answer; None where all of them tie.
 
-    chrF compares character n-grams (Popovic 2015), so it serves Chinese and English alike. Repeated samples count once.
+    Repeated samples count once.
     """
-    from sacrebleu.metrics import CHRF
-
     unique = {
         text: ids for text, ids in zip(responses, response_ids, strict=True) if text.strip() != row.responses[0].strip()
     }
-    metric = CHRF()
-    similarity = {text: metric.sentence_score(text, [row.responses[0]]).score for text in unique}
+    similarity = {text: chrf(text, row.responses[0]) for text in unique}
     texts = sorted(unique, key=lambda text: -similarity[text])
     ranks = _ranks([similarity[text] for text in texts], min_gap)
     ids, origins = [unique[text] for text in texts], [SAMPLED] * len(texts)

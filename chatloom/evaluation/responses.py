@@ -15,6 +15,7 @@ from chatloom.evaluation.intervals import Interval, bootstrap_mean
 from chatloom.models.adapters import Role
 from chatloom.models.checkpoint import ChatModel
 from chatloom.models.generation import generate
+from chatloom.models.reward_model import score_responses
 from chatloom.models.sampling import Sampling
 from chatloom.packing import pack
 
@@ -31,26 +32,17 @@ class Answers:
 
 def answer(chat: ChatModel, rows: Sequence[PreparedRow], reward_model: Role, params: EvaluateParams) -> Answers:
     """One sampled response a row from `chat`, scored; the same seed for every model, so that luck is shared."""
+    prompts = [row.prompt_ids for row in rows]
     ids = generate(
         chat.model,
-        [row.prompt_ids for row in rows],
+        prompts,
         Sampling(params.max_new_tokens, params.temperature),
         stop_ids=chat.stop_ids,
         generator=torch.Generator().manual_seed(params.seed),
         batch_size=params.generation_batch,
     )
     texts = [chat.tokenizer.decode(response, skip_special_tokens=True).strip() for response in ids]
-    return Answers(texts, ids, scores(reward_model, rows, ids, chat.device))
-
-
-@torch.no_grad()
-def scores(
-    reward_model: Role, rows: Sequence[PreparedRow], response_ids: Sequence[list[int]], device: torch.device
-) -> list[float]:
-    """The reward model's score of one response a row."""
-    examples = [Example.of_response(row.prompt_ids, ids) for row, ids in zip(rows, response_ids, strict=True)]
-    found = [reward_model.scores(pack(some, device)) for some in chunks(examples, ROWS_AT_ONCE)]
-    return torch.cat(found).tolist()
+    return Answers(texts, ids, score_responses(reward_model, prompts, ids))
 
 
 @torch.no_grad()

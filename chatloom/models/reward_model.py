@@ -1,4 +1,4 @@
-"""Reward models on disk: the trunk or its adapter, the head, and gain and bias with it."""
+"""Reward models on disk: the trunk or its adapter, the head, and gain and bias with it; and what they score."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from chatloom.batches import chunks
 from chatloom.config import Lora
 from chatloom.data.examples import Example
 from chatloom.device import Device
@@ -22,6 +23,7 @@ from chatloom.packing import pack
 
 ADAPTER = "reward"
 DESCRIPTION = "reward_model.json"
+ROWS_AT_ONCE = 4
 
 
 def save_reward_model(
@@ -90,3 +92,11 @@ def load_reward_model(
     head = ScalarHead(model.config.hidden_size)
     head.load_state_dict(load_file(folder / "head.safetensors"))
     return Role(model, adapter, head.to(device.device)), lora
+
+
+@torch.no_grad()
+def score_responses(role: Role, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[float]:
+    """The score of one response a prompt."""
+    examples = [Example.of_response(prompt, ids) for prompt, ids in zip(prompts, responses, strict=True)]
+    device = role.model.lm_head.weight.device
+    return torch.cat([role.scores(pack(rows, device)) for rows in chunks(examples, ROWS_AT_ONCE)]).tolist()

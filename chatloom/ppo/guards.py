@@ -14,15 +14,14 @@ from statistics import fmean, stdev
 
 import torch
 
-from chatloom.batches import chunks
 from chatloom.config import Action, Guards, TrainPpoParams
-from chatloom.data.examples import Example
 from chatloom.data.prepared import PreparedRow
+from chatloom.data.similarity import chrf
 from chatloom.errors import InputError
 from chatloom.models.adapters import Role, use_adapter
 from chatloom.models.generation import generate
+from chatloom.models.reward_model import score_responses
 from chatloom.models.sampling import Sampling
-from chatloom.packing import pack
 from chatloom.ppo.roles import Roles
 
 log = logging.getLogger(__name__)
@@ -120,7 +119,7 @@ class Answers:
     scores: list[float]
     """By the reward model."""
     chrf: list[float]
-    """Likeness to the prompt's best answer, 0 to 100 (Popovic 2015): no reward model takes part in it."""
+    """Likeness to the prompt's best answer, in which no reward model takes part."""
 
 
 def answer(roles: Roles, policy: Role, rows: Sequence[PreparedRow], params: TrainPpoParams) -> Answers:
@@ -128,27 +127,22 @@ def answer(roles: Roles, policy: Role, rows: Sequence[PreparedRow], params: Trai
 
     With `roles.ref_policy` it is the baseline, the same before and after a resume.
     """
-    from sacrebleu.metrics import CHRF
-
     chat = roles.chat
+    prompts = [row.prompt_ids for row in rows]
     use_adapter(policy.model, policy.adapter)
     responses = generate(
         policy.model,
-        [row.prompt_ids for row in rows],
+        prompts,
         Sampling(params.max_new_tokens, temperature=0),
         stop_ids=chat.stop_ids,
         generator=torch.Generator(),  # not the one the run draws from
         batch_size=params.generation_batch,
     )
-    examples = [Example.of_response(row.prompt_ids, ids) for row, ids in zip(rows, responses, strict=True)]
-    with torch.no_grad():
-        scores = [roles.reward_model.scores(pack(some, chat.device)) for some in chunks(examples, params.batch_size)]
     texts = chat.tokenizer.batch_decode(responses, skip_special_tokens=True)
-    metric = CHRF()
-    chrf = [
-        metric.sentence_score(text.strip(), [row.responses[0]]).score for text, row in zip(texts, rows, strict=True)
-    ]
-    return Answers(torch.cat(scores).tolist(), chrf)
+    return Answers(
+        score_responses(roles.reward_model, prompts, responses),
+        [chrf(text.strip(), row.responses[0]) for text, row in zip(texts, rows, strict=True)],
+    )
 
 
 def held_out_metrics(now: Answers, baseline: Answers) -> dict[str, float]:
