@@ -2,10 +2,11 @@
 
 A loop that was killed at any step and goes on from its last state ends as if it had never stopped, bit for bit.
 
-    saved = checkpoints.load()
+    if saved := checkpoints.load():
+        done, state = saved
     ...
     with checkpoints:
-        for step in ...:
+        for step in range(done + 1, ...):
             ...
             if checkpoints.due(step):
                 checkpoints.save(step, {...})
@@ -63,8 +64,8 @@ class Checkpoints:
         self._asked: signal.Signals | None = None
         self._handlers: dict[signal.Signals, Any] = {}
 
-    def load(self, **also: str) -> dict[str, Any] | None:
-        """What `save` was given last, every RNG set as it was then; None where the loop has to start afresh.
+    def load(self, **also: str) -> tuple[int, dict[str, Any]] | None:
+        """The step and the state that `save` was given last, every RNG set as then; None: the loop starts afresh.
 
         Args:
             also: more of the key, known only now.
@@ -89,8 +90,7 @@ class Checkpoints:
             if self.beside is not None:
                 self.beside.load_state_dict(state["beside"])
             log.info("%s: resumes after step %d", self.folder.name, state["step"])
-            loop: dict[str, Any] = state["loop"]
-            return loop
+            return state["step"], state["loop"]
         self.remove()
         return None
 

@@ -122,8 +122,9 @@ def train_reward(
     held_out = held_out[: params.eval_rows]
     saved = checkpoints.load() if checkpoints is not None else None
     if saved is not None:
-        optimizer.load_state_dict(saved["optimizer"])
-        done, last = saved["step"], saved["last"]
+        done, state = saved
+        optimizer.load_state_dict(state["optimizer"])
+        last = state["last"]
     else:
         done = 0
         last = accuracy(pair_margins(reward_model, held_out, device)) if held_out else float("nan")
@@ -144,7 +145,7 @@ def train_reward(
                 log(step, {"eval/accuracy": last})
             advance(loss=loss, accuracy=last)
             if checkpoints is not None and checkpoints.due(step):
-                checkpoints.save(step, {"step": step, "last": last, "optimizer": optimizer.state_dict()})
+                checkpoints.save(step, {"last": last, "optimizer": optimizer.state_dict()})
     reference = normalize(reward_model, train, device)
     return {
         "steps": total,

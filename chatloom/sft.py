@@ -53,9 +53,9 @@ def train_sft(
     optimizer = MasterAdamW([ParameterGroup(policy.parameters(), params.optimizer.lr)], params.optimizer)
     saved = checkpoints.load() if checkpoints is not None else None
     if saved is not None:
-        optimizer.load_state_dict(saved["optimizer"])
-        done, first, last = saved["step"], saved["first"], saved["last"]
-        trained_tokens, seconds = saved["tokens"], saved["seconds"]
+        done, state = saved
+        optimizer.load_state_dict(state["optimizer"])
+        first, last, trained_tokens, seconds = state["first"], state["last"], state["tokens"], state["seconds"]
     else:
         done, trained_tokens, seconds = 0, 0, 0.0
         first = last = losses_by_group(policy, held_out, device)
@@ -82,7 +82,7 @@ def train_sft(
                 log(step, {f"eval/loss_{lang}": value for lang, value in last.items()})
             advance(loss=loss, tokens_per_s=tokens / took)
             if checkpoints is not None and checkpoints.due(step):
-                state = {"step": step, "first": first, "last": last, "tokens": trained_tokens, "seconds": seconds}
+                state = {"first": first, "last": last, "tokens": trained_tokens, "seconds": seconds}
                 checkpoints.save(step, {**state, "optimizer": optimizer.state_dict()})
     return {
         "steps": total,

@@ -127,7 +127,7 @@ def test_a_resumed_stage_has_the_whole_curve_in_its_files_and_in_its_run(project
     with stage("train_sft") as run:
         checkpoints = run.checkpoints(2)
         assert checkpoints is not None
-        assert checkpoints.load() == {"step": 2}
+        assert checkpoints.load() == (2, {"loss": 0.5})
         run.log(3, {"train/loss": 0.25})
         run.table("samples", {"step": [3], "response": ["answer 3"]})
         id = mlflow.active_run().info.run_id  # type: ignore[union-attr]
@@ -149,7 +149,7 @@ def _three_steps() -> None:
             run.log(step, {"train/loss": 1 / step, "time/rollout": 9.0})
             run.table("samples", {"step": [step], "response": [f"answer {step}"]})
             if checkpoints.due(step):
-                checkpoints.save(step, {"step": step})
+                checkpoints.save(step, {"loss": 1 / step})
         _ = 1 / 0
 
 

@@ -70,11 +70,12 @@ def train_ppo(
     # The reference is part of the key: KL to anything but the original SFT model would be another run.
     saved = checkpoints.load(reference=weights_hash(roles.ref_policy.model)) if checkpoints is not None else None
     if saved is not None:
-        done, history, controller.coef = saved["step"], saved["history"], saved["kl_coef"]
-        optimizer.load_state_dict(saved["optimizer"])
-        generator.set_state(saved["generator"])
-        for head, state in zip(heads, saved["heads"], strict=True):
-            head.load_state_dict(state)
+        done, state = saved
+        history, controller.coef = state["history"], state["kl_coef"]
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        for head, weights in zip(heads, state["heads"], strict=True):
+            head.load_state_dict(weights)
         if stop := guards.check(history, params.guards):
             raise stop  # what stopped it is still so: a retry must not go on step by step
     baseline = guards.answer(roles, roles.ref_policy, held_out, params) if held_out else None
@@ -113,7 +114,6 @@ def train_ppo(
             stop = guards.check(history, params.guards)
             if checkpoints is not None and (stop or checkpoints.due(step)):
                 state = {
-                    "step": step,
                     "history": history,
                     "kl_coef": controller.coef,
                     "optimizer": optimizer.state_dict(),
