@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
@@ -32,12 +31,17 @@ def free_port() -> int:
 
 
 def wait_until(what: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 180) -> Any:
-    """The first true answer of `what`; a server too busy to answer (503: its database is locked) is asked again."""
+    """The first true answer of `what`; a server that is not reached, or too busy (503), is asked again."""
     deadline = time.monotonic() + seconds
     while True:
-        with contextlib.suppress(httpx.HTTPError):
+        try:
             if answer := what():
                 return answer
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                raise
+        except httpx.TransportError:
+            pass
         assert process.poll() is None, "the servers ended"
         assert time.monotonic() < deadline, "not in time"
         time.sleep(0.2)
