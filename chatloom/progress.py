@@ -20,10 +20,10 @@ SECONDS_BETWEEN_LINES = 10.0
 class Progress:
     """Handed out by `progress`; call it after each piece of work."""
 
-    def __init__(self, name: str, total: int, bar: RichProgress | None) -> None:
-        self.name, self.total, self.done = name, total, 0
-        self._bar = bar
-        self._task = bar.add_task(name, total=total, shown="") if bar else None
+    def __init__(self, name: str, total: int, done: int, bar: RichProgress | None) -> None:
+        self.name, self.total, self.done = name, total, done
+        self._before, self._bar = done, bar
+        self._task = bar.add_task(name, total=total, completed=done, shown="") if bar else None
         self._started = self._last_line = time.monotonic()
 
     def __call__(self, advance: int = 1, **values: float) -> None:
@@ -37,15 +37,16 @@ class Progress:
         if self.done < self.total and now - self._last_line < SECONDS_BETWEEN_LINES:
             return
         self._last_line = now
-        rate = self.done / max(now - self._started, 1e-9)
+        rate = (self.done - self._before) / max(now - self._started, 1e-9)
         left = (self.total - self.done) / rate if rate else 0.0
         log.info("%s %d/%d  %s  %.3g/s  %s left", self.name, self.done, self.total, shown, rate, _clock(left))
 
 
 @contextmanager
-def progress(name: str, total: int) -> Iterator[Progress]:
+def progress(name: str, total: int, done: int = 0) -> Iterator[Progress]:
+    """`done` of `total` units were done by an earlier run: rate and time left are of this one's."""
     if not sys.stderr.isatty():
-        yield Progress(name, total, None)
+        yield Progress(name, total, done, None)
         return
     columns = (
         TextColumn("[bold]{task.description}"),
@@ -56,7 +57,7 @@ def progress(name: str, total: int) -> Iterator[Progress]:
         TimeRemainingColumn(),
     )
     with RichProgress(*columns, console=Console(stderr=True)) as bar:
-        yield Progress(name, total, bar)
+        yield Progress(name, total, done, bar)
 
 
 def _clock(seconds: float) -> str:

@@ -128,7 +128,7 @@ def train_reward(
     else:
         done = 0
         last = accuracy(pair_margins(reward_model, held_out, device)) if held_out else float("nan")
-    with progress("train_reward", total - done) as advance, checkpoints or nullcontext():
+    with progress("train_reward", total, done) as advance, checkpoints or nullcontext():
         for step, microbatches in enumerate(islice(steps(train, params), done, None), start=done + 1):
             prompts = sum(map(len, microbatches))
             loss = 0.0

@@ -60,7 +60,7 @@ def train_sft(
         done, trained_tokens, seconds = 0, 0, 0.0
         first = last = losses_by_group(policy, held_out, device)
         log(0, {f"eval/loss_{lang}": loss for lang, loss in first.items()})
-    with progress("train_sft", total - done) as advance, checkpoints or nullcontext():
+    with progress("train_sft", total, done) as advance, checkpoints or nullcontext():
         for step, microbatches in enumerate(islice(steps(examples, params), done, None), start=done + 1):
             started = time.monotonic()
             num_tokens = sum(example.num_predicted for rows in microbatches for example in rows)

@@ -82,7 +82,7 @@ def train_ppo(
     updates = done * params.ppo_epochs * params.num_minibatches
     prompt_batches = islice(_cycle(prompts, params.rollout_batch, params.seed), done, None)
     ptx_batches = islice(_cycle(ptx, params.ptx_batch, params.seed + 1), updates, None) if params.ptx_coef > 0 else None
-    with progress("train_ppo", params.num_steps - done) as advance, checkpoints or nullcontext():
+    with progress("train_ppo", params.num_steps, done) as advance, checkpoints or nullcontext():
         for step in range(done + 1, params.num_steps + 1):
             started = time.monotonic()
             rollout = roll_out(roles, next(prompt_batches), params, generator)
