@@ -15,6 +15,8 @@ from rich.progress import Progress as RichProgress
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_AVERAGED = 3600.0
+"""Of the bar's time left: a step may take minutes, and it needs two of them."""
 
 
 class Progress:
@@ -56,7 +58,7 @@ def progress(name: str, total: int, done: int = 0) -> Iterator[Progress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with RichProgress(*columns, console=Console(stderr=True)) as bar:
+    with RichProgress(*columns, console=Console(stderr=True), speed_estimate_period=SECONDS_AVERAGED) as bar:
         yield Progress(name, total, done, bar)
 
 

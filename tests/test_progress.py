@@ -32,7 +32,8 @@ def test_a_log_line_counts_all_steps_and_times_those_of_this_run(
     assert caplog.messages == [line]
 
 
-def test_the_bar_counts_all_steps_and_times_those_of_this_run(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seconds", [1, 600])
+def test_the_bar_counts_all_steps_and_times_those_of_this_run(seconds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
@@ -42,8 +43,8 @@ def test_the_bar_counts_all_steps_and_times_those_of_this_run(monkeypatch: pytes
         assert bar is not None
         bar.get_time = lambda: now[0]
         for _ in range(2):
-            now[0] += 20
+            now[0] += seconds
             advance(loss=2.0)
         (task,) = bar.tasks
-        assert task.time_remaining == 2 * 20
+        assert task.time_remaining == 2 * seconds
     assert "8/10" in terminal.getvalue()
