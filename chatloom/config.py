@@ -259,7 +259,10 @@ Action = Literal["stop", "warn", "off"]
 
 
 class Guards(Section):
-    """What ends a PPO run, its state saved, or warns, when it goes wrong. A loss that is not finite always ends it."""
+    """What ends a PPO run, its state saved, or warns, when it goes wrong.
+
+    A loss or a gradient that is not finite always ends it.
+    """
 
     window: Positive
     """Steps averaged at either end of a run: a single step's mean over a small batch is mostly noise."""

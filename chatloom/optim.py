@@ -60,19 +60,21 @@ class MasterAdamW:
         return master
 
     @torch.no_grad()
-    def step(self, lr_factor: float) -> float:
+    def step(self, lr_factor: float, stage: str, step: int) -> float:
         """Clip the gradient's norm, take one step at `lr_factor` times the base rates; the norm before clipping.
 
+        Args:
+            stage: whose step this is, and `step` its number, for the error.
+
         Raises:
-            FloatingPointError: where a gradient is not finite; no weight has changed then.
+            InputError: where a gradient is not finite; no weight has changed then.
         """
         for parameter, master in self._pairs:
             if parameter not in self._has_gradient:
                 _gradient(master).zero_()
         masters = [master for _, master in self._pairs]
         norm = torch.nn.utils.get_total_norm([_gradient(master) for master in masters])
-        if not math.isfinite(float(norm)):
-            raise FloatingPointError(f"gradient norm is {float(norm)}")
+        require_finite(norm, stage, step, what="gradient norm")
         if norm > self.params.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(masters, self.params.max_grad_norm, norm)
         for group in self.adamw.param_groups:
@@ -112,16 +114,16 @@ def lr_factor(step: int, num_steps: int, params: Optimizer) -> float:
     return 1.0 - done if params.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-def require_finite(loss: Tensor, stage: str, step: int) -> float:
-    """`loss` as a number.
+def require_finite(value: Tensor, stage: str, step: int, *, what: str = "loss") -> float:
+    """`value` as a number.
 
     Raises:
         InputError: where it is NaN or infinite, before any weight is touched.
     """
-    value = float(loss.detach())
-    if not math.isfinite(value):
+    number = float(value.detach())
+    if not math.isfinite(number):
         raise InputError(
-            f"{stage}: the loss is {value} at step {step}; lower {stage}.optimizer.lr, or look at the rows of that step"
-            f" (no weight was changed by it, nothing was written)"
+            f"{stage}: the {what} is {number} at step {step}; lower {stage}.optimizer.lr, or look at the rows of that "
+            "step (no weight was changed by it, nothing was written)"
         )
-    return value
+    return number

@@ -116,6 +116,9 @@ def train_reward(
     Args:
         log: called with (step, metrics) after each step.
         checkpoints: where the state is saved and found again; None starts afresh and saves none.
+
+    Raises:
+        InputError: where a loss or a gradient is not finite, before any weight is touched by it.
     """
     total = num_steps(len(train), params)
     optimizer = MasterAdamW([ParameterGroup(reward_model.parameters(), params.optimizer.lr)], params.optimizer)
@@ -137,7 +140,7 @@ def train_reward(
                 loss += require_finite(part, "train_reward", step)
                 part.backward()
             factor = lr_factor(step - 1, total, params.optimizer)
-            norm = optimizer.step(factor)
+            norm = optimizer.step(factor, "train_reward", step)
 
             log(step, {"train/loss": loss, "train/grad_norm": norm, "train/lr": params.optimizer.lr * factor})
             if held_out and (step % params.eval_every == 0 or step == total):

@@ -48,6 +48,9 @@ def train_sft(
 
     Returns:
         Held-out losses before and after, by language, and the speed.
+
+    Raises:
+        InputError: where a loss or a gradient is not finite, before any weight is touched by it.
     """
     total = num_steps(len(examples), params)
     optimizer = MasterAdamW([ParameterGroup(policy.parameters(), params.optimizer.lr)], params.optimizer)
@@ -70,7 +73,7 @@ def train_sft(
                 loss += require_finite(part, "train_sft", step)
                 part.backward()
             factor = lr_factor(step - 1, total, params.optimizer)
-            norm = optimizer.step(factor)
+            norm = optimizer.step(factor, "train_sft", step)
 
             tokens = sum(len(example.input_ids) for rows in microbatches for example in rows)
             trained_tokens += tokens

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from chatloom.config import Optimizer
 from chatloom.data.examples import Example
+from chatloom.errors import InputError
 from chatloom.models.adapters import Role
 from chatloom.models.checkpoint import ChatModel
 from chatloom.models.head import ScalarHead
@@ -93,7 +94,7 @@ def test_bfloat16_weights_keep_small_updates(optimizer: Optimizer) -> None:
     adam = MasterAdamW([ParameterGroup([weight], 1e-4)], optimizer)
     for _ in range(100):
         weight.sum().backward()
-        adam.step(1.0)
+        adam.step(1.0, "train_sft", 1)
     # Each step moves by lr = 1e-4; bfloat16 near 1 has steps of 2^-8 and would have stayed at 1.
     torch.testing.assert_close(weight.float(), torch.full((4,), 0.99), atol=2**-8, rtol=0)
     assert float(weight[0].detach()) < 1
@@ -103,6 +104,6 @@ def test_a_gradient_that_is_not_finite_changes_nothing(optimizer: Optimizer) -> 
     weight = torch.nn.Parameter(torch.ones(2))
     adam = MasterAdamW([ParameterGroup([weight], 0.1)], optimizer)
     (weight.sum() * float("nan")).backward()
-    with pytest.raises(FloatingPointError, match="gradient norm is nan"):
-        adam.step(1.0)
+    with pytest.raises(InputError, match=r"train_sft: the gradient norm is nan at step 3; lower train_sft\.opt"):
+        adam.step(1.0, "train_sft", 3)
     assert weight.tolist() == [1.0, 1.0]

@@ -452,6 +452,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(models: tuple[Path, Path], lora
         run(roles, p)
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run(
+    models: tuple[Path, Path], lora: Lora, optimizer: Optimizer
+) -> None:
+    p = params(lora, optimizer)
+    roles = load_roles(*models, p, CPU)
+    trained = [*roles.policy.parameters(), *roles.value_model.parameters()]
+    before = [parameter.detach().clone() for parameter in trained]
+    trained[0].register_hook(lambda gradient: torch.full_like(gradient, float("inf")))
+    with pytest.raises(InputError, match=r"train_ppo: the gradient norm is inf at step 1; lower train_ppo\.optimizer"):
+        run(roles, p)
+    assert all(torch.equal(a, b) for a, b in zip(trained, before, strict=True))
+
+
 def test_a_guard_that_stops_has_the_state_saved_and_stops_a_retry_too(
     models: tuple[Path, Path], tmp_path: Path, lora: Lora, optimizer: Optimizer
 ) -> None:

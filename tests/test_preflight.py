@@ -190,7 +190,7 @@ def test_weights_and_optimizer_are_estimated_as_they_are_allocated(
 
     groups = [ParameterGroup(role.parameters(), 1e-3) for role in (roles.policy, roles.value_model)]
     adam = MasterAdamW(groups, p.optimizer)
-    adam.step(1.0)
+    adam.step(1.0, "train_ppo", 1)
     masters = [master for group in adam.adamw.param_groups for master in group["params"]]
     state = [master.grad for master in masters] + [m for own in adam.adamw.state.values() for m in own.values()]
     assert memory.optimizer == pytest.approx(num_bytes([*masters, *state]), rel=0.02)

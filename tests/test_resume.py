@@ -290,7 +290,7 @@ def test_the_optimizer_goes_on_as_if_it_had_never_stopped(optimizer: Optimizer) 
 
     def step(parameter: nn.Parameter, adamw: MasterAdamW, number: int) -> None:
         (parameter.float() * torch.arange(12).roll(number)).sum().backward()
-        adamw.step(1.0 / number)
+        adamw.step(1.0 / number, "train_sft", number)
 
     parameter, adamw = start()
     for number in (1, 2, 3):

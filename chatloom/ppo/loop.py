@@ -55,6 +55,7 @@ def train_ppo(
 
     Raises:
         GuardStop: where a guard of `params.guards` whose action is `stop` finds something; the state is saved then.
+        InputError: where a loss or a gradient is not finite, before any weight is touched by it.
     """
     generator = torch.Generator().manual_seed(params.seed)
     optimizer = MasterAdamW(
@@ -148,7 +149,7 @@ def _update(
                 _backward_ppo(roles, experience, microbatch, num_tokens, params, totals, step)
             if ptx_batches is not None:
                 _backward_ptx(roles, next(ptx_batches), params, totals, step)
-            totals["policy/grad_norm"] += optimizer.step(factor)
+            totals["policy/grad_norm"] += optimizer.step(factor, "train_ppo", step)
     tokens = totals.pop("tokens")
     counted = {"policy/clip_frac", "policy/approx_kl", "policy/entropy", "value/clip_frac"}
     return {name: total / (tokens if name in counted else num_optimizer_steps) for name, total in totals.items()}
