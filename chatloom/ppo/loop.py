@@ -20,7 +20,7 @@ from chatloom.optim import MasterAdamW, ParameterGroup, lr_factor, require_finit
 from chatloom.packing import Packed, pack
 from chatloom.ppo import guards
 from chatloom.ppo.experience import Experience, Rollout, make_experience, roll_out
-from chatloom.ppo.kl import KlController
+from chatloom.ppo.kl import KlController, k3
 from chatloom.ppo.losses import policy_loss, value_loss
 from chatloom.ppo.preflight import require_first_step_parity
 from chatloom.ppo.roles import Roles
@@ -178,9 +178,8 @@ def _backward_ppo(
     value = value_loss(values, experience.values[rows][mask], experience.returns[rows][mask], params.value_clip_range)
     _backward(value.loss / num_tokens, params.vf_coef, totals, "value/loss", step)
 
-    log_ratio = (logprobs - old_logprobs).detach()
     totals["policy/clip_frac"] += float(policy.clipped)
-    totals["policy/approx_kl"] += float((log_ratio.exp() - 1 - log_ratio).sum())
+    totals["policy/approx_kl"] += float(k3(old_logprobs, logprobs.detach()).sum())
     totals["policy/entropy"] += float(entropy.sum())
     totals["value/clip_frac"] += float(value.clipped)
     totals["tokens"] += len(logprobs)
