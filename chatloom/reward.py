@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import islice
 
@@ -17,10 +17,8 @@ from chatloom.data.examples import Example
 from chatloom.models.adapters import Role
 from chatloom.optim import MasterAdamW, ParameterGroup, lr_factor, require_finite
 from chatloom.packing import pack
-from chatloom.progress import progress
+from chatloom.progress import Log, progress
 from chatloom.resume import Checkpoints
-
-Log = Callable[[int, Mapping[str, float]], None]
 
 REFERENCE_PROMPTS = 200
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from itertools import islice
 
@@ -16,10 +16,8 @@ from chatloom.evaluation.perplexity import losses_by_group
 from chatloom.models.adapters import Role
 from chatloom.optim import MasterAdamW, ParameterGroup, lr_factor, require_finite
 from chatloom.packing import Packed, pack
-from chatloom.progress import progress
+from chatloom.progress import Log, progress
 from chatloom.resume import Checkpoints
-
-Log = Callable[[int, Mapping[str, float]], None]
 
 
 def sft_loss(policy: Role, packed: Packed, num_tokens: int) -> torch.Tensor:

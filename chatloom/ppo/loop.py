@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from typing import TypeVar
@@ -24,11 +24,10 @@ from chatloom.ppo.kl import KlController, k3
 from chatloom.ppo.losses import policy_loss, value_loss
 from chatloom.ppo.preflight import require_first_step_parity
 from chatloom.ppo.roles import Roles
-from chatloom.progress import progress
+from chatloom.progress import Log, progress
 from chatloom.resume import Checkpoints, weights_hash
 
 T = TypeVar("T")
-Log = Callable[[int, Mapping[str, float]], None]
 OnSamples = Callable[[int, Rollout, Experience], None]
 
 
