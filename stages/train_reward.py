@@ -1,15 +1,10 @@
 """DVC stage `train_reward`: a reward model from comparisons, starting from SFT."""
 
-from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from chatloom.data.comparisons import read_comparisons
 from chatloom.device import resolve_device
-from chatloom.models.adapters import trainable
-from chatloom.models.head import ScalarHead
-from chatloom.models.reward_model import ADAPTER, save_reward_model
+from chatloom.models.reward_model import new_reward_model, save_reward_model
 from chatloom.parallel.strategies import require_available
 from chatloom.reward import train_reward
 from stages.run import stage
@@ -26,9 +21,7 @@ def main() -> None:
         device = resolve_device(runtime.device, runtime.dtype, runtime.num_threads)
         run.dataset(COMPARISONS, "comparisons")
         comparisons = read_comparisons(COMPARISONS)
-        trunk = trainable(SFT, ADAPTER, params, device)
-        head = ScalarHead(trunk.model.config.hidden_size, torch.Generator().manual_seed(params.seed))
-        reward_model = replace(trunk, head=head.to(device.device))
+        reward_model = new_reward_model(SFT, params, device)
         train = [comparison for comparison in comparisons if not comparison.holdout]
         held_out = [comparison for comparison in comparisons if comparison.holdout]
         checkpoints = run.checkpoints(params.checkpoint_every)

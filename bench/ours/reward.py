@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,9 +13,7 @@ from bench.side import Row, Training, print_result, read_job, read_rows
 from chatloom.batches import steps
 from chatloom.config import TrainRewardParams
 from chatloom.data.comparisons import IMPORTED, Comparison
-from chatloom.models.adapters import trainable
-from chatloom.models.head import ScalarHead
-from chatloom.models.reward_model import ADAPTER
+from chatloom.models.reward_model import new_reward_model
 from chatloom.reward import train_reward
 
 
@@ -26,10 +23,9 @@ def main() -> None:
     params = TrainRewardParams.model_validate({**values, "margin": 0.0, "centering": 0.0})
     device = device_of(job)
     pairs = [comparison(row, number) for number, row in enumerate(read_rows(job, job.num_rows))]
-    trunk = trainable(Path(job.checkpoint), ADAPTER, params, device)
-    head = ScalarHead(trunk.model.config.hidden_size, torch.Generator().manual_seed(job.seed)).to(device.device)
+    reward_model = new_reward_model(Path(job.checkpoint), params, device)
     log = StepLog("train/loss")
-    train_reward(replace(trunk, head=head), pairs, [], params, device.device, log)
+    train_reward(reward_model, pairs, [], params, device.device, log)
     timed = [pair for step in list(steps(pairs, params))[1:] for rows in step for pair in rows]
     print_result(
         work=len(timed),

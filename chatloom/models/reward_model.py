@@ -1,9 +1,10 @@
-"""Reward models on disk: the trunk or its adapter, the head, and gain and bias with it; and what they score."""
+"""Reward models: how they start, how they are saved (trunk or adapter, head, gain and bias), and what they score."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from chatloom.batches import chunks
-from chatloom.config import Lora
+from chatloom.config import Lora, TrainRewardParams
 from chatloom.data.examples import Example
 from chatloom.device import Device
 from chatloom.errors import InputError
 from chatloom.files import write_json
-from chatloom.models.adapters import Role, adapter_parameters, add_adapter, load_adapter_state
+from chatloom.models.adapters import Role, adapter_parameters, add_adapter, load_adapter_state, trainable
 from chatloom.models.checkpoint import load_on, save_causal_lm
 from chatloom.models.head import ScalarHead
 from chatloom.packing import pack
@@ -24,6 +25,13 @@ from chatloom.packing import pack
 ADAPTER = "reward"
 DESCRIPTION = "reward_model.json"
 ROWS_AT_ONCE = 4
+
+
+def new_reward_model(checkpoint: Path, params: TrainRewardParams, device: Device) -> Role:
+    """What reward training starts from: the SFT checkpoint as `params.method` wants it trained, and a random head."""
+    trunk = trainable(checkpoint, ADAPTER, params, device)
+    head = ScalarHead(trunk.model.config.hidden_size, torch.Generator().manual_seed(params.seed))
+    return replace(trunk, head=head.to(device.device))
 
 
 def save_reward_model(
