@@ -14,7 +14,7 @@ from rich.console import Console
 from bench.measure import Setup, measure
 from bench.parts import PARTS, select
 from bench.presets import ROOT
-from bench.report import Measured, insert, lines_of, markdown, measured_parts, points_of, terminal_tables
+from bench.report import Measured, all_lines, all_points, insert, markdown, measured_parts, terminal_tables
 from bench.results import read_measurements
 from chatloom.errors import InputError
 from chatloom.files import atomic_file
@@ -76,10 +76,10 @@ def draw(measured: Measured, folder: Path) -> list[Path]:
     from bench.plots import plot_ratios, plot_scaling  # matplotlib takes a second to import
 
     pictures = []
-    if lines := [line for part, measurement in measured for line in lines_of(part, measurement)]:
+    if lines := all_lines(measured):
         plot_ratios(lines, folder / "ratios.png")
         pictures.append(folder / "ratios.png")
-    if points := [point for part, measurement in measured for point in points_of(part, measurement)]:
+    if points := all_points(measured):
         plot_scaling(points, folder / "scaling.png")
         pictures.append(folder / "scaling.png")
     return pictures

@@ -32,9 +32,9 @@ import numpy as np
 import typer
 import yaml
 
+from bench.presets import ROOT
 from chatloom.config import load_preset
 
-ROOT = Path(__file__).resolve().parent.parent
 LOOPS = ("train_sft", "train_reward", "train_ppo")
 BEFORE = ("base_model", "raw_data", "prepare_data", "train_sft", "compare", "train_reward", "train_ppo")
 LINKED = ("stages", "chatloom", "data/starter", "data/templates", "data/own")

@@ -75,6 +75,14 @@ def points_of(part: Part, measurement: Measurement) -> list[Point]:
     return points
 
 
+def all_lines(measured: Measured) -> list[Line]:
+    return [line for part, measurement in measured for line in lines_of(part, measurement)]
+
+
+def all_points(measured: Measured) -> list[Point]:
+    return [point for part, measurement in measured for point in points_of(part, measurement)]
+
+
 def _line(comparison: Comparison, rounds: Sequence[Mapping[str, Result]]) -> Line:
     pairs = [_pair(comparison, results) for results in rounds]
     ratios = tuple(ours / other for ours, other in pairs)
@@ -160,9 +168,14 @@ def side_cells(part: Part, measurement: Measurement) -> list[tuple[str, ...]]:
 
 
 def terminal_tables(measured: Measured) -> list[Table]:
-    lines = [cells(line) for part, measurement in measured for line in lines_of(part, measurement)]
-    points = [point_cells(point) for part, measurement in measured for point in points_of(part, measurement)]
-    return [_rich(head, rows) for head, rows in ((HEAD, lines), (SCALING_HEAD, points)) if rows]
+    return [_rich(head, rows) for head, rows in _tables(measured)]
+
+
+def _tables(measured: Measured) -> list[tuple[Sequence[str], list[tuple[str, ...]]]]:
+    """Head and rows of comparisons and of scaling, where there are any."""
+    lines = [cells(line) for line in all_lines(measured)]
+    points = [point_cells(point) for point in all_points(measured)]
+    return [(head, rows) for head, rows in ((HEAD, lines), (SCALING_HEAD, points)) if rows]
 
 
 def _rich(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -184,9 +197,7 @@ def markdown(measured: Measured, pictures: Sequence[str]) -> str:
             raise InputError(f"{part.name}: a smoke run's figures mean nothing; measure it, or name other --results")
     machines = dict.fromkeys(measurement.machine.line for _, measurement in measured)
     blocks = ["\n".join(f"- {line}" for line in (*machines, *_versions(measured)))]
-    lines = [cells(line) for part, measurement in measured for line in lines_of(part, measurement)]
-    points = [point_cells(point) for part, measurement in measured for point in points_of(part, measurement)]
-    blocks += [_table(head, rows) for head, rows in ((HEAD, lines), (SCALING_HEAD, points)) if rows]
+    blocks += [_table(head, rows) for head, rows in _tables(measured)]
     if sides := [row for part, measurement in measured if part.comparisons for row in side_cells(part, measurement)]:
         blocks.append(_table(SIDES_HEAD, sides))
     blocks.append(_table(("part", "rounds", "finished", "load before a run"), [_when(m) for _, m in measured]))
