@@ -13,6 +13,7 @@ import pytest
 from bench.machine import cpu_fields
 from bench.measure import Setup, make_job, parse_result
 from bench.ours.arithmetic import training_flops
+from bench.ours.training import StepLog
 from bench.parts import DEFAULTS, OURS, PACKING, PARTS, TUNED, Comparison, Part, Side, select
 from bench.plots import plot_ratios, plot_scaling
 from bench.report import BEGIN, END, cells, insert, lines_of, markdown, measured_parts, points_of
@@ -109,6 +110,18 @@ def test_useful_operations_of_a_training_step() -> None:
     examples = [Example.of_response([1], [2, 3]), Example.of_response([1], [2])]
     forward = 2 * 50 + 2 * 21 + 13 * 4 * 2
     assert training_flops(10, 7, 4, 1, examples) == 3 * forward
+
+
+def test_the_log_of_a_loop_times_its_steps_and_nothing_between_them() -> None:
+    log = StepLog("train/loss")
+    log(0, {"eval/loss_en": 9.0})
+    log(1, {"train/loss": 3.0, "train/lr": 0.1})
+    log(1, {"eval/loss_en": 8.0})
+    with pytest.raises(AssertionError, match="at least two are needed"):
+        _ = log.clock.seconds
+    log(2, {"train/loss": 2.0, "train/lr": 0.1})
+    assert log.clock.seconds > 0
+    assert log.values == {"train/loss": [3.0, 2.0]}
 
 
 def test_a_round_that_was_cut_short_does_not_count() -> None:
