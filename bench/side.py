@@ -9,6 +9,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -132,3 +133,18 @@ def print_result(*, work: float, unit: str, seconds: float, threads: int, **deta
         "details": details,
     }
     print(json.dumps(result, allow_nan=False), flush=True)
+
+
+def measure_rollouts(job: Rollouts, roll_out: Callable[[list[list[int]], int], list[int]], threads: int) -> None:
+    """Time `roll_out` on the job's prompts, once it has warmed up, and print the result.
+
+    Args:
+        roll_out: samples a response a prompt, each of so many tokens at most; their lengths, stop tokens included.
+    """
+    prompts = [row.prompt_ids for row in read_rows(job, job.num_prompts)]
+    roll_out(prompts[: job.batch_size], 4)
+    started = time.perf_counter()
+    lengths = roll_out(prompts, job.max_new_tokens)
+    seconds = time.perf_counter() - started
+    tokens = sum(lengths)
+    print_result(work=tokens, unit="tokens", seconds=seconds, threads=threads, response_tokens=tokens / len(lengths))

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from typing import Any
-
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from bench.side import Rollouts, print_result, read_job, read_rows
+from bench.side import Rollouts, measure_rollouts, read_job
 
 
 def main() -> None:
     job = read_job(Rollouts)
-    prompts = [row.prompt_ids for row in read_rows(job, job.num_prompts)]
     torch.set_num_threads(job.threads)
     torch.manual_seed(job.seed)
     model = AutoModelForCausalLM.from_pretrained(job.checkpoint, dtype=getattr(torch, job.dtype)).eval()
@@ -30,25 +26,16 @@ def main() -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
 
-    def roll_out(rows: list[list[int]], max_new_tokens: int) -> Any:
-        batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
-        output = model.generate(**batch, max_new_tokens=max_new_tokens)
-        return output[:, batch["input_ids"].shape[1] :]
+    def roll_out(prompts: list[list[int]], max_new_tokens: int) -> list[int]:
+        lengths: list[int] = []
+        for start in range(0, len(prompts), job.batch_size):
+            batch = tokenizer.pad({"input_ids": prompts[start : start + job.batch_size]}, return_tensors="pt")
+            output = model.generate(**batch, max_new_tokens=max_new_tokens)
+            responses = output[:, batch["input_ids"].shape[1] :].tolist()
+            lengths += [length(row, stop if job.natural else []) for row in responses]
+        return lengths
 
-    roll_out(prompts[: job.batch_size], 4)  # warms up
-    started = time.perf_counter()
-    lengths: list[int] = []
-    for start in range(0, len(prompts), job.batch_size):
-        responses = roll_out(prompts[start : start + job.batch_size], job.max_new_tokens)
-        lengths += [length(row, stop if job.natural else []) for row in responses.tolist()]
-    seconds = time.perf_counter() - started
-    print_result(
-        work=sum(lengths),
-        unit="tokens",
-        seconds=seconds,
-        threads=torch.get_num_threads(),
-        response_tokens=sum(lengths) / len(lengths),
-    )
+    measure_rollouts(job, roll_out, torch.get_num_threads())
 
 
 def length(row: list[int], stop: list[int]) -> int:
