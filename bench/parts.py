@@ -190,9 +190,9 @@ PARTS = (
         ),
     ),
     rollouts_part("rollouts_fixed", "64 tokens each", FIXED, 2.5),
-    rollouts_part("rollouts_natural", "natural stops, limit 256", NATURAL, 4.0),
+    rollouts_part("rollouts_natural", "natural stops, limit 256", {**NATURAL, "num_prompts": 32}, 4.0),
     ppo_part("ppo_fixed", "64 tokens each", FIXED, 3.0),
-    ppo_part("ppo_natural", "natural stops, limit 256", NATURAL, 6.0),
+    ppo_part("ppo_natural", "natural stops, limit 256", {**NATURAL, "steps": 2}, 6.0),
     Part(
         "arithmetic",
         Training,
