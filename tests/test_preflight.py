@@ -33,6 +33,7 @@ from chatloom.ppo.preflight import (
     require_own_pad_token,
     require_reward_parity,
     require_same_tokenizer,
+    room_in_cgroups,
 )
 from chatloom.ppo.roles import Roles, load_roles
 from tests.conftest import CPU, ROOT, SOURCE
@@ -274,10 +275,50 @@ def test_memory_that_is_close_warns(lora: Lora, optimizer: Optimizer, caplog: py
     assert "lower train_ppo.batch_size = 2" in caplog.records[-1].message
 
 
-def test_available_memory_is_what_the_system_says() -> None:
+def test_available_memory_is_what_the_system_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chatloom.ppo.preflight.room_in_cgroups", lambda: [2**60])
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     said = 1024 * int(lines["MemAvailable"].split()[0])
     assert available_memory(torch.device("cpu")) == pytest.approx(said, rel=0.2)
+    monkeypatch.setattr("chatloom.ppo.preflight.room_in_cgroups", lambda: [2**60, 12345])
+    assert available_memory(torch.device("cpu")) == 12345
+
+
+def cgroup(folder: Path, **files: int | str) -> None:
+    """A fake control group; a double underscore stands for a dot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_text(f"{content}\n")
+
+
+def test_room_under_limits_of_cgroups_v2(tmp_path: Path) -> None:
+    """The limit of a group above ours counts; 3 GiB of 4 are used, of which 512 MiB are unused file cache."""
+    proc, mount = tmp_path / "cgroup", tmp_path / "sys"
+    proc.write_text("0::/pods/pod1/main\n")
+    cgroup(mount / "pods/pod1/main", memory__max="max", memory__current=3 * GIB, memory__stat="inactive_file 5")
+    stat = f"anon {2 * GIB}\ninactive_file {GIB // 2}\nactive_file 77"
+    cgroup(mount / "pods/pod1", memory__max=4 * GIB, memory__current=3 * GIB, memory__stat=stat)
+    cgroup(mount / "pods", cgroup__procs="")
+    assert room_in_cgroups(proc, mount) == [GIB + GIB // 2]
+    cgroup(mount / "pods/pod1/main", memory__max=3 * GIB)
+    assert room_in_cgroups(proc, mount) == [5, GIB + GIB // 2]
+
+
+def test_room_under_a_limit_of_cgroups_v1(tmp_path: Path) -> None:
+    """A container whose own group is all that is mounted; without a limit there is a number beyond any memory."""
+    proc, mount = tmp_path / "cgroup", tmp_path / "sys"
+    proc.write_text("5:cpu,cpuacct:/docker/ab:cd\n4:hugetlb,memory:/docker/ab:cd\n1:name=systemd:/x\n0::/\n")
+    stat = f"inactive_file 1\ntotal_inactive_file {GIB}"
+    cgroup(mount / "memory", memory__limit_in_bytes=8 * GIB, memory__usage_in_bytes=6 * GIB, memory__stat=stat)
+    assert room_in_cgroups(proc, mount) == [3 * GIB]
+    cgroup(mount / "memory", memory__limit_in_bytes=9223372036854771712)
+    assert min(room_in_cgroups(proc, mount)) > 2**60
+
+
+def test_no_cgroups_no_limit(tmp_path: Path) -> None:
+    assert room_in_cgroups(tmp_path / "none", tmp_path) == []
+    (tmp_path / "cgroup").write_text("0::/\n")
+    assert room_in_cgroups(tmp_path / "cgroup", tmp_path) == []
 
 
 @pytest.mark.gpu

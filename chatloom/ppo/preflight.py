@@ -183,7 +183,34 @@ def available_memory(device: torch.device) -> int:
     """Bytes that this process could still get on `device`."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return min([psutil.virtual_memory().available, *room_in_cgroups()])
+
+
+def room_in_cgroups(proc: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes left under each memory limit of the control groups, v1 or v2, that this process is in: a container's.
+
+    A group's use counts the file cache, which the kernel gives up where memory is short: what of it was not used lately
+    is room. A group without a limit has a huge number there (v1) or the word `max` (v2).
+    """
+    rooms = []
+    for line in proc.read_text().splitlines() if proc.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, (limit, used, idle) = mount, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root = mount / "memory"
+            limit, used, idle = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        # In a container the path may be the host's while the container's own group is what is mounted: up to the root.
+        group = root / path.strip("/")
+        for folder in (group, *group.parents):
+            if (folder / limit).is_file() and (size := (folder / limit).read_text().strip()) != "max":
+                cache = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+                rooms.append(int(size) - int((folder / used).read_text()) + int(cache[idle]))
+            if folder == root:
+                break
+    return rooms
 
 
 def require_memory(memory: Memory, available: int, params: TrainPpoParams) -> None:
