@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,6 +56,9 @@ class _Walk:
 def main(preset: Annotated[str, typer.Option(help="A file of params/, or 'default'.")] = DEFAULT) -> None:
     """Bring every stage up to date, one Prefect task a stage."""
     console = Console(soft_wrap=True)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        # A terminal that is closed is as Ctrl-C: stages are in sessions of their own and would not notice.
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         make_workspace(preset)  # a wrong preset fails before a server is started for it
     except InputError as error:

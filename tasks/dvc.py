@@ -23,7 +23,9 @@ Outcome = Literal["unchanged", "cached", "ran"]
 DVC = [sys.executable, "-m", "dvc"]
 LINES_IN_A_FAILURE = 20
 LONGEST_LINE = 4000  # Prefect drops a record that is too long
-SECONDS_OF_GRACE, SECONDS_TO_END = 5.0, 30.0
+SECONDS_TO_END = 30.0
+SECONDS_OF_GRACE = 8.0
+"""In which a stage that is told to stop finishes its training step and saves its state: a cancel takes under 10 s."""
 
 # What DVC says of a stage, as whole lines: a stage may print anything.
 SAYS: dict[str, Outcome] = {
@@ -109,7 +111,10 @@ def reproduce_stage(name: str, reproduction: Reproduction, log: Logger | LoggerA
 
 @contextmanager
 def _subprocess(command: list[str], reproduction: Reproduction) -> Iterator[subprocess.Popen[str]]:
-    """In our own process group, so that Prefect's cancel reaches it; when we are stopped alone, we end it ourselves."""
+    """In a session of its own: it is told to stop once, by us, when the block is left before its end.
+
+    Prefect's cancel and Ctrl-C go to whole process groups, and a training loop that is told twice stops without saving.
+    """
     process = subprocess.Popen(
         command,
         cwd=reproduction.workspace,
@@ -118,29 +123,33 @@ def _subprocess(command: list[str], reproduction: Reproduction) -> Iterator[subp
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        start_new_session=True,
     )
     try:
         yield process
     finally:
-        try:
-            # Ctrl-C has reached the stage too: let it end by itself.
-            process.wait(SECONDS_OF_GRACE)
-        except subprocess.TimeoutExpired:
-            end_tree(process.pid)
+        if process.poll() is None:
+            end_tree(process.pid, SECONDS_OF_GRACE, top=False)
         process.wait()
 
 
-def end_tree(pid: int, seconds: float = SECONDS_TO_END) -> None:
-    """SIGTERM to a process and all below it, then SIGKILL: a SIGTERM to DVC alone would leave the stage running."""
-    parent = psutil.Process(pid)
-    tree = [*parent.children(recursive=True), parent]
-    for process in tree:
-        with suppress(psutil.NoSuchProcess):
-            process.terminate()
-    _, alive = psutil.wait_procs(tree, timeout=seconds)
-    for process in alive:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+def end_tree(pid: int, seconds: float = SECONDS_TO_END, *, top: bool = True) -> None:
+    """SIGTERM to a process and all below; SIGKILL to what is left after `seconds`, or once we are told to stop again.
+
+    Args:
+        top: False where the process ends by itself when those below it have: DVC then frees its locks.
+    """
+    process = psutil.Process(pid)
+    below = process.children(recursive=True)
+    try:
+        for one in [*below, process] if top or not below else below:
+            with suppress(psutil.NoSuchProcess):
+                one.terminate()
+        psutil.wait_procs([*below, process], timeout=seconds)
+    finally:
+        for one in (*below, process):
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 def _shortened(line: str) -> str:

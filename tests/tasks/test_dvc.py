@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -117,29 +119,60 @@ def test_a_broken_pipeline_says_so(checkout: Path, reproduction: Reproduction) -
         changed_stages(reproduction)
 
 
-def test_no_stage_outlives_whoever_ran_it(checkout: Path, reproduction: Reproduction) -> None:
-    """SIGTERM to the runner alone: DVC and the stage's own child end too."""
-    set_command(checkout, "one", "echo $$ > pid; sleep 300; true")
-    script = (
-        "import logging, signal, sys; from pathlib import Path\n"
-        "from tasks.dvc import reproduce_stage\nfrom tasks.workspace import Reproduction\n"
-        "import tasks.dvc; tasks.dvc.SECONDS_OF_GRACE = 0.1\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n"
-        "reproduce_stage('one', Reproduction.start('default', Path.cwd()), logging.getLogger())\n"
-    )
+TRAINS = """
+import signal, time
+from pathlib import Path
+signal.signal(signal.SIGTERM, lambda *_: Path("asked").open("a").write("x"))
+Path("ready").touch()
+while not Path("step is over").exists():
+    time.sleep(0.02)
+Path("saved").touch()
+raise SystemExit(143)
+"""
+RUNS = """
+import logging, signal, sys
+from pathlib import Path
+from tasks.dvc import reproduce_stage
+from tasks.workspace import Reproduction
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+reproduce_stage("one", Reproduction.start("default", Path.cwd()), logging.getLogger())
+"""
+
+
+@pytest.mark.parametrize("way", ["alone", "group", "twice"])
+def test_a_stage_is_told_once_to_stop_and_outlives_nobody(way: str, checkout: Path) -> None:
+    """SIGTERM to the runner alone, to its group as Prefect's worker sends it, and twice: then nobody waits any more."""
+    (checkout / "trains.py").write_text(TRAINS)
+    set_command(checkout, "one", f"{sys.executable} trains.py; exit $?")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    runner = subprocess.Popen([sys.executable, "-c", script], cwd=checkout, env=environment)
-    deadline = time.monotonic() + 60
-    while not ((checkout / "pid").exists() and (checkout / "pid").read_text().strip()):
-        assert runner.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    stage = psutil.Process(int((checkout / "pid").read_text()))
-    tree = [stage, *stage.children(recursive=True)]
-    runner.terminate()
+    command = [sys.executable, "-c", RUNS]
+    runner = subprocess.Popen(command, cwd=checkout, env=environment, start_new_session=True)
+    wait_for(checkout / "ready", runner)
+    tree = psutil.Process(runner.pid).children(recursive=True)
+    assert len(tree) >= 3, "DVC, a shell and the stage"
+    if way == "group":
+        os.killpg(runner.pid, signal.SIGTERM)
+    else:
+        runner.terminate()
+    wait_for(checkout / "asked", runner)
+    if way == "twice":
+        runner.terminate()
+    else:
+        (checkout / "step is over").touch()
     assert runner.wait(timeout=60) == 1
-    _, alive = psutil.wait_procs(tree, timeout=10)
-    assert alive == []
+    assert psutil.wait_procs(tree, timeout=10)[1] == []
+    assert (checkout / "asked").read_text() == "x"
+    assert (checkout / "saved").exists() == (way != "twice")
+    if way != "twice":
+        assert json.loads((checkout / ".dvc/tmp/rwlock").read_text()) == {}, "DVC freed its locks"
+
+
+def wait_for(file: Path, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while not file.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_a_whole_tree_ends() -> None:
