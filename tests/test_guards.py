@@ -124,10 +124,12 @@ def test_paired_t_by_hand() -> None:
     assert paired_t([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == pytest.approx(2 * math.sqrt(3))
     assert paired_t([1.0, 2.0], [1.0, 2.0]) == 0
     assert paired_t([0.0, 1.0], [1.0, 2.0]) < -1000, "all alike is as sure as can be, and finite"
-    metrics = held_out_metrics(Answers([1.0, 3.0], [10.0, 20.0]), Answers([0.0, 0.0], [20.0, 40.0]))
+    metrics = held_out_metrics(
+        Answers([1.0, 3.0], [10.0, 20.0], [0.5, 1.5]), Answers([0.0, 0.0], [20.0, 40.0], [0.0, 0.0])
+    )
     # Differences 1 and 3: mean 2, error 1. Differences -10 and -20: mean -15, error 5.
     assert metrics == pytest.approx(
-        {"held_out/score": 2, "held_out/score_t": 2, "held_out/chrf": 15, "held_out/chrf_t": -3}
+        {"held_out/score": 2, "held_out/score_t": 2, "held_out/chrf": 15, "held_out/chrf_t": -3, "held_out/kl": 1}
     )
 
 
@@ -152,6 +154,7 @@ def test_held_out_answers_are_greedy_scored_and_compared(chat: ChatModel, lora: 
     own = [replace(row, responses=[text]) for row, text in zip(rows, texts, strict=True)]
     assert answer(roles, roles.policy, own, p).chrf == pytest.approx([100.0] * 3), "each is its own reference"
     assert max(first.chrf) < 50
+    assert first.kl == [0.0] * 3, "the policy is its reference still"
 
 
 def eager(chat: ChatModel) -> Any:

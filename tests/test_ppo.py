@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import Categorical, kl_divergence
 
 from chatloom.config import (
     Guards,
@@ -35,6 +36,7 @@ from chatloom.models.reward_model import ADAPTER, save_reward_model, score_respo
 from chatloom.packing import pack
 from chatloom.ppo.experience import Rollout, make_experience, roll_out
 from chatloom.ppo.guards import GuardStop
+from chatloom.ppo.kl import along
 from chatloom.ppo.loop import train_ppo
 from chatloom.ppo.roles import Roles, load_roles
 from chatloom.resume import Checkpoints
@@ -134,6 +136,8 @@ class Row:
     values: list[float]
     entropy: list[float]
     score: float
+    exact_kl: float
+    """Of the policy's next-token distributions from the reference's, summed over the response."""
 
 
 def oracle_rows(roles: Roles, rollout: Rollout, temperature: float) -> list[Row]:
@@ -154,7 +158,8 @@ def oracle_rows(roles: Roles, rollout: Rollout, temperature: float) -> list[Row]
             score = roles.reward_model.head(reward.model(ids).last_hidden_state[0, -1])
         old, ref_own = ([float(lp[first + t, token]) for t, token in enumerate(response)] for lp in logprobs)
         entropy = [-float((logprobs[0][first + t].exp() * logprobs[0][first + t]).sum()) for t in range(len(response))]
-        rows.append(Row(old, ref_own, values[first:-1].tolist(), entropy, float(score)))
+        exact_kl = kl_divergence(*(Categorical(logits=lp[first:-1]) for lp in logprobs)).sum()
+        rows.append(Row(old, ref_own, values[first:-1].tolist(), entropy, float(score), float(exact_kl)))
     return rows
 
 
@@ -194,6 +199,10 @@ def test_experience_equals_a_double_loop_over_sequences_and_tokens(
             actual = getattr(experience, name)[i]
             assert actual[:length].tolist() == pytest.approx(expected, abs=1e-3), name
             assert not actual[length:].any(), name
+
+    exact_kl = along(roles.policy, roles.ref_policy, rollout.prompts, rollout.responses, p.temperature)
+    assert min(exact_kl) > 1e-4
+    assert exact_kl == pytest.approx([row.exact_kl for row in rows], rel=1e-3)
 
     scores = [row.score for row in rows]
     penalties = [0.0 if response[-1] in roles.chat.stop_ids else 3.0 for response in rollout.responses]
@@ -484,7 +493,8 @@ def test_a_guard_that_stops_has_the_state_saved_and_stops_a_retry_too(
 
     whole = run_to_the_end(p, [], "whole")
     watched = p.model_copy(update={"guards": strict})
-    stopped = run_to_the_end(watched, rows, "stopped")
+    baseline, *stopped = run_to_the_end(watched, rows, "stopped")
+    assert (baseline["held_out/score_t"], baseline["held_out/kl"]) == (0, 0)
     last = next(i for i, m in enumerate(whole) if m["objective/kl"] > 1e-4)
     assert 0 < last < 4 == len(whole) - 1
     assert "held_out/chrf_t" in stopped[-1]

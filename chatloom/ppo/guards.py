@@ -22,6 +22,7 @@ from chatloom.models.adapters import Role, use_adapter
 from chatloom.models.generation import generate
 from chatloom.models.reward_model import score_responses
 from chatloom.models.sampling import Sampling
+from chatloom.ppo import kl
 from chatloom.ppo.roles import Roles
 
 log = logging.getLogger(__name__)
@@ -120,6 +121,8 @@ class Answers:
     """By the reward model."""
     chrf: list[float]
     """Likeness to the prompt's best answer, in which no reward model takes part."""
+    kl: list[float]
+    """From the reference, exact, along the answer (`chatloom.ppo.kl.along`)."""
 
 
 def answer(roles: Roles, policy: Role, rows: Sequence[PreparedRow], params: TrainPpoParams) -> Answers:
@@ -142,16 +145,18 @@ def answer(roles: Roles, policy: Role, rows: Sequence[PreparedRow], params: Trai
     return Answers(
         score_responses(roles.reward_model, prompts, responses),
         [chrf(text.strip(), row.responses[0]) for text, row in zip(texts, rows, strict=True)],
+        kl.along(policy, roles.ref_policy, prompts, responses, params.temperature),
     )
 
 
 def held_out_metrics(now: Answers, baseline: Answers) -> dict[str, float]:
-    """Means, and how many standard errors each moved from the baseline."""
+    """Means, and how many standard errors scores and likeness moved from the baseline."""
     return {
         "held_out/score": fmean(now.scores),
         "held_out/score_t": paired_t(now.scores, baseline.scores),
         "held_out/chrf": fmean(now.chrf),
         "held_out/chrf_t": paired_t(now.chrf, baseline.chrf),
+        "held_out/kl": fmean(now.kl),
     }
 
 

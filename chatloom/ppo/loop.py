@@ -47,7 +47,7 @@ def train_ppo(
     Args:
         prompts: templated prompts, drawn from anew each pass.
         ptx: supervised examples mixed into each optimizer step.
-        log: called with (step, metrics) after each step.
+        log: called with (step, metrics) after each step; with 0 and what the reference answers before the first.
         on_samples: called every `params.sample_every` steps with what was sampled.
         checkpoints: where the state is saved and found again; None starts afresh and saves none.
         held_out: rows with a reference answer, looked at every `params.guards.held_out_every` steps.
@@ -79,6 +79,8 @@ def train_ppo(
         if stop := guards.check(history, params.guards):
             raise stop  # what stopped it is still so: a retry must not go on step by step
     baseline = guards.answer(roles, roles.ref_policy, held_out, params) if held_out else None
+    if baseline is not None and saved is None:
+        log(0, guards.held_out_metrics(baseline, baseline))
     updates = done * params.ppo_epochs * params.num_minibatches
     prompt_batches = islice(_cycle(prompts, params.rollout_batch, params.seed), done, None)
     ptx_batches = islice(_cycle(ptx, params.ptx_batch, params.seed + 1), updates, None) if params.ptx_coef > 0 else None
