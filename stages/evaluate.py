@@ -10,6 +10,7 @@ from chatloom.data.examples import Example
 from chatloom.data.prepared import PreparedRow, read_split
 from chatloom.device import Device, resolve_device
 from chatloom.errors import InputError
+from chatloom.evaluation.figures import TITLES, draw_run
 from chatloom.evaluation.intervals import bootstrap_mean, wilson
 from chatloom.evaluation.perplexity import losses_by_group, mean_loss, perplexity
 from chatloom.evaluation.report import render_report
@@ -55,7 +56,11 @@ def main() -> None:
                 advance()
         metrics["perplexity/quantized_ratio"] = metrics["4bit/perplexity"] / metrics["ppo/perplexity"]
         samples = side_by_side(prompts[: params.num_samples_shown], answers)
-        html = render_report(metrics=metrics, models=list(MODELS), samples=samples, plots=Path("plots"))
+        figures = draw_run(Path("plots"))
+        for name, figure in figures.items():
+            run.figure(name, figure)
+        titled = {TITLES[name]: figure for name, figure in figures.items()}
+        html = render_report(metrics=metrics, models=list(MODELS), samples=samples, figures=titled)
         with atomic_file(REPORT) as temporary:
             temporary.write_text(html, encoding="utf-8")
         run.artifact(REPORT)
