@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 
 Log = Callable[[int, Mapping[str, float]], None]
 """Called by a loop with (step, metrics) after each step."""
@@ -53,13 +54,15 @@ def progress(name: str, total: int, done: int = 0) -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield Progress(name, total, done, None)
         return
+    # On a narrow terminal the values take several lines: step and time left have to stay.
+    whole = Column(no_wrap=True)
     columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[shown]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("[bold]{task.description}", table_column=whole),
+        BarColumn(bar_width=16, table_column=whole),
+        MofNCompleteColumn(table_column=whole),
+        TextColumn("{task.fields[shown]}", table_column=Column()),
+        TimeElapsedColumn(table_column=whole),
+        TimeRemainingColumn(table_column=whole),
     )
     with RichProgress(*columns, console=Console(stderr=True), speed_estimate_period=SECONDS_AVERAGED) as bar:
         yield Progress(name, total, done, bar)

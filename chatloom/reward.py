@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import islice
@@ -112,7 +113,7 @@ def train_reward(
     """Train `reward_model` (its adapter or trunk, and its head) in place, then normalise its scores.
 
     Args:
-        log: called with (step, metrics) after each step.
+        log: called with (step, metrics) after each step; with 0 and the accuracy before the first.
         checkpoints: where the state is saved and found again; None starts afresh and saves none.
 
     Raises:
@@ -129,8 +130,11 @@ def train_reward(
     else:
         done = 0
         last = accuracy(pair_margins(reward_model, held_out, device)) if held_out else float("nan")
+        if held_out:
+            log(0, {"eval/accuracy": last})
     with progress("train_reward", total, done) as advance, checkpoints or nullcontext():
         for step, microbatches in enumerate(islice(steps(train, params), done, None), start=done + 1):
+            started = time.monotonic()
             prompts = sum(map(len, microbatches))
             loss = 0.0
             for rows in microbatches:
@@ -140,11 +144,14 @@ def train_reward(
             factor = lr_factor(step - 1, total, params.optimizer)
             norm = optimizer.step(factor, "train_reward", step)
 
-            log(step, {"train/loss": loss, "train/grad_norm": norm, "train/lr": params.optimizer.lr * factor})
+            took = time.monotonic() - started
+            speed = sum(comparison.num_tokens for rows in microbatches for comparison in rows) / took
+            lr = params.optimizer.lr * factor
+            log(step, {"train/loss": loss, "train/grad_norm": norm, "train/lr": lr, "time/tokens_per_s": speed})
             if held_out and (step % params.eval_every == 0 or step == total):
                 last = accuracy(pair_margins(reward_model, held_out, device))
                 log(step, {"eval/accuracy": last})
-            advance(loss=loss, accuracy=last)
+            advance(loss=loss, tokens_per_s=speed, accuracy=last)
             if checkpoints is not None and checkpoints.due(step):
                 checkpoints.save(step, {"last": last, "optimizer": optimizer.state_dict()})
     reference = normalize(reward_model, train, device)

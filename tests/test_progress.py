@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -48,3 +49,25 @@ def test_the_bar_counts_all_steps_and_times_those_of_this_run(seconds: int, monk
         (task,) = bar.tasks
         assert task.time_remaining == 2 * seconds
     assert "8/10" in terminal.getvalue()
+
+
+def test_a_narrow_terminal_shows_step_values_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("COLUMNS", "80")
+    with progress("train_ppo", 500, 120) as advance:
+        advance(policy_loss=-0.01234, tokens_per_s=321.5, score=0.4321, kl=2.345)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
+    for part in (
+        "train_ppo",
+        "121/500",
+        "policy_loss",
+        "-0.01234",
+        "321.5",
+        "0.4321",
+        "kl 2.345",
+        "0:00:00",
+        "-:--:--",
+    ):
+        assert part in shown

@@ -159,6 +159,11 @@ def test_ties_are_no_pairs() -> None:
     assert len(comparison(1, [0, 1, 2, 3]).pairs) == 4 * 3 // 2
 
 
+def test_scoring_a_comparison_reads_its_prompt_with_each_response() -> None:
+    row = replace(comparison(1, [0, 1]), prompt_ids=[5, 6], response_ids=[[7, 8, 2], [2]])
+    assert row.num_tokens == 2 + 3 + 2 + 1
+
+
 def test_accuracy_counts_pairs_and_halves_ties() -> None:
     assert accuracy([[1.0, -1.0], [0.0], [2.0]]) == pytest.approx((1 + 0 + 0.5 + 1) / 4)
 
@@ -180,7 +185,10 @@ def test_training_learns_the_order_and_normalises(
         role, rows, held_out, params(lora, fast, method=method), CPU, lambda step, m: logged.append((step, dict(m)))
     )
     assert metrics["eval/accuracy"] == 1.0
-    assert logged[-2][1]["train/loss"] < 0.2 < logged[0][1]["train/loss"]
+    assert logged[0][0] == 0
+    assert logged[0][1]["eval/accuracy"] < 1
+    assert logged[-2][1]["train/loss"] < 0.2 < logged[1][1]["train/loss"]
+    assert logged[1][1]["time/tokens_per_s"] > 0
     scores = torch.cat([s.detach() for s in score_comparisons(role, rows, CPU)])
     assert float(scores.mean()) == pytest.approx(0, abs=1e-4)
     assert float(scores.std(unbiased=False)) == pytest.approx(1, abs=1e-3)

@@ -55,6 +55,11 @@ class Comparison:
                 pairs.append((i, j) if self.ranks[i] < self.ranks[j] else (j, i))
         return pairs
 
+    @property
+    def num_tokens(self) -> int:
+        """Of all responses, each with its prompt: what scoring them reads."""
+        return sum(len(self.prompt_ids) + len(ids) for ids in self.response_ids)
+
 
 def imported(row: PreparedRow, holdout: bool) -> Comparison:
     """A row that came with its own ranking."""

@@ -139,7 +139,7 @@ def read_points(file: Path, *columns: str) -> list[tuple[Any, ...]]:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Up to `LONG` values as they are; of more, each one's mean with its neighbours, a twentieth of all on each side."""
+    """Up to `LONG` values as they are; of more, each one's mean with a twentieth of all on each side."""
     reach = len(values) // 20 if len(values) > LONG else 0
     near = [values[max(i - reach, 0) : i + reach + 1] for i in range(len(values))]
     return [sum(some) / len(some) for some in near]

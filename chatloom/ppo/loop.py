@@ -112,7 +112,12 @@ def train_ppo(
             history.append(metrics)
             if step % params.sample_every == 0 or step in (1, params.num_steps):
                 on_samples(step, rollout, experience)
-            advance(score=metrics["objective/score"], kl=metrics["objective/kl"], kl_coef=controller.coef)
+            advance(
+                policy_loss=metrics["policy/loss"],
+                tokens_per_s=metrics["time/tokens_per_s"],
+                score=metrics["objective/score"],
+                kl=metrics["objective/kl"],
+            )
             stop = guards.check(history, params.guards)
             if checkpoints is not None and (stop or checkpoints.due(step)):
                 state = {
