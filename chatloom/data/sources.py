@@ -11,11 +11,14 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import sys
+import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -29,13 +32,18 @@ from chatloom.config import DataSource
 from chatloom.data.drops import RowFault
 from chatloom.data.schemas import Fields
 from chatloom.errors import InputError
-from chatloom.files import atomic_file
 from chatloom.progress import progress
+
+log = logging.getLogger(__name__)
 
 Item = tuple[int, Fields | RowFault]
 """Line (or row) number from 1, and what stands there."""
 DOWNLOAD_TIMEOUT = httpx.Timeout(30.0, read=120.0)
-CHUNK = 1 << 20
+RETRIES = 4
+"""Times that a connection that broke is taken up again, each from the byte where the last one ended."""
+RETRY_DELAY = 1.0
+"""Seconds before the first of them; twice as long before each further one."""
+COMPRESSED = (".gz", ".zst")
 
 
 @dataclass(frozen=True)
@@ -76,11 +84,11 @@ def _matches(pattern: str, where: str) -> tuple[list[Path], list[str]]:
         raise InputError(f"{where}: an environment variable in it is not set; set it, or write the path out")
     path = Path(pattern)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.is_file())
-        found = [file for file in files if _kind(file) in _READERS and not file.name.startswith(".")]
+        inside = sorted(path.iterdir())
+        found = [file for file in inside if file.is_file() and _kind(file) in _READERS and file.name[0] != "."]
         if not found:
             raise InputError(f"{where}: the folder has no file that ends with {_SUFFIXES}")
-        return found, [file.name for file in files if file not in found]
+        return found, [f"{entry.name}/" if entry.is_dir() else entry.name for entry in inside if entry not in found]
     if path.is_file():
         return [path], []
     # Not Path.glob, which refuses an absolute pattern.
@@ -100,33 +108,54 @@ def _source_file(path: Path, name: str) -> SourceFile:
 
 
 def _kind(path: Path) -> str:
-    """Suffix without `.gz`."""
-    return Path(path.name.lower().removesuffix(".gz")).suffix
+    """Suffix without that of the compression."""
+    name = path.name.lower()
+    for suffix in COMPRESSED:
+        name = name.removesuffix(suffix)
+    return Path(name).suffix
 
 
-def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
-    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
+def _open(path: Path) -> io.BufferedReader | gzip.GzipFile:
+    name = path.name.lower()
+    if name.endswith(".gz"):
+        return gzip.open(path)
+    if name.endswith(".zst"):
+        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
+    return path.open("rb")
+
+
+def _broken_compression(path: Path, name: str, error: Exception) -> InputError:
+    kind = {".gz": "gzip", ".zst": "Zstandard"}.get(path.suffix.lower())
+    return InputError(f"{name}: not a valid {kind} file: {error}" if kind else f"{name}: cannot be read: {error}")
+
+
+_READ_ERRORS = (OSError, EOFError, zlib.error)
+"""What a damaged or cut compressed file raises, and a disk."""
 
 
 def _read_whole(path: Path, name: str) -> bytes:
-    with _open(path) as file:
-        try:
+    try:
+        with _open(path) as file:
             return file.read()
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise InputError(f"{name}: not a valid gzip file: {error}") from error
+    except _READ_ERRORS as error:
+        raise _broken_compression(path, name, error) from error
 
 
 def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
     """Numbered lines with their line ends; a byte order mark is left out."""
-    with _open(path) as file:
+    try:
+        file = _open(path)
+    except _READ_ERRORS as error:
+        raise _broken_compression(path, name, error) from error
+    with file:
         number = 0
         while True:
             try:
                 raw = file.readline()
                 number += 1
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                raise InputError(f"{name}: not a valid gzip file: {error}") from error
+            except _READ_ERRORS as error:
+                raise _broken_compression(path, name, error) from error
             except UnicodeDecodeError as error:
                 raise InputError(f"{name}:{number}: not valid UTF-8: {error.reason}; save the file as UTF-8") from error
             if not raw:
@@ -138,15 +167,58 @@ def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
 
 
 def _read_jsonl(path: Path, name: str) -> Iterator[Item]:
+    decoder = _Decoder()
     for number, line in _lines(path, name):
-        if not line.strip():
-            continue
+        text = line.rstrip(" \t\r\n")
+        if text:
+            yield number, decoder.row(text)
+
+
+class _Decoder:
+    """JSON whose faults are named: `json` alone keeps the last of two equal keys, and says nothing."""
+
+    def __init__(self) -> None:
+        self._repeated: str | None = None
+        self._json = json.JSONDecoder(object_pairs_hook=self._pairs)
+
+    def row(self, text: str) -> Fields | RowFault:
+        """The one object that `text` holds."""
         try:
-            value = json.loads(line.rstrip("\r\n"))  # or the column would be counted from the line's end
+            found, end = self.item(text, _skip_space(text, 0))
         except json.JSONDecodeError as error:
-            yield number, RowFault("broken_json", f"not valid JSON: {error.msg} at column {error.colno}")
-            continue
-        yield number, _object(value)
+            return RowFault("broken_json", f"not valid JSON: {error.msg} at column {error.colno}")
+        if end < len(text):
+            return RowFault("broken_json", f"not valid JSON: Extra data at column {end + 1}")
+        return found
+
+    def item(self, text: str, position: int) -> tuple[Fields | RowFault, int]:
+        """The object at `position`, and where it ends."""
+        self._repeated = None
+        try:
+            value, end = self._json.raw_decode(text, position)
+        except RecursionError:
+            raise json.JSONDecodeError("Nested too deeply", text, position) from None
+        except json.JSONDecodeError:
+            raise
+        except ValueError as error:  # a number of thousands of digits
+            raise json.JSONDecodeError(str(error).split(";")[0], text, position) from None
+        if not isinstance(value, dict):
+            return RowFault("not_an_object", "expected a JSON object"), end
+        if self._repeated is not None:
+            return RowFault("repeated_key", f"the key {self._repeated!r} stands in one object twice"), end
+        return value, end
+
+    def _pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            self._repeated = _repeated([key for key, _ in pairs])
+        return found
+
+
+def _repeated(names: Sequence[str]) -> str | None:
+    """The first name that stands twice."""
+    counts = Counter(names)
+    return next((name for name in names if counts[name] > 1), None)
 
 
 def _read_json(path: Path, name: str) -> Iterator[Item]:
@@ -167,17 +239,17 @@ def _read_json(path: Path, name: str) -> Iterator[Item]:
 
 def _list_items(text: str, position: int, name: str) -> Iterator[Item]:
     """Objects of the list whose inside begins at `position`, each with the line it begins on."""
-    decoder = json.JSONDecoder()
+    decoder = _Decoder()
     line, counted = 1, 0
     position = _skip_space(text, position)
     first = True
     while not (first and text.startswith("]", position)):
         line, counted = line + text.count("\n", counted, position), position
         try:
-            value, end = decoder.raw_decode(text, position)
+            item, end = decoder.item(text, position)
         except json.JSONDecodeError as error:
             raise InputError(f"{name}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from error
-        yield line, _object(value)
+        yield line, item
         first = False
         end = _skip_space(text, end)
         if text.startswith("]", end):
@@ -196,10 +268,6 @@ def _skip_space(text: str, position: int) -> int:
 _NOT_SPACE = re.compile(r"[^ \t\r\n]")
 
 
-def _object(value: object) -> Fields | RowFault:
-    return value if isinstance(value, dict) else RowFault("not_an_object", "expected a JSON object")
-
-
 def _read_csv(path: Path, name: str) -> Iterator[Item]:
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader((line for _, line in _lines(path, name)), strict=True)
@@ -208,6 +276,8 @@ def _read_csv(path: Path, name: str) -> Iterator[Item]:
         if header is None:
             raise InputError(f"{name}: empty; expected a line of column names")
         columns = [column.strip() for column in header]
+        if (twice := _repeated(columns)) is not None:
+            raise InputError(f"{name}:1: two columns are called {twice!r}: give each its own name")
         line = reader.line_num + 1  # a quoted cell may span lines: a row is named by its first
         for cells in reader:
             if len(cells) == len(columns):
@@ -226,14 +296,19 @@ def _read_text(path: Path, name: str) -> Iterator[Item]:
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[Item]:
-    compressed = path.name.lower().endswith(".gz")
+    compressed = path.name.lower().endswith(COMPRESSED)
     file: Any = io.BytesIO(_read_whole(path, name)) if compressed else path
+    number = 0
     try:
-        number = 0
-        for batch in pq.ParquetFile(file).iter_batches():
+        table = pq.ParquetFile(file)
+        if (twice := _repeated(table.schema_arrow.names)) is not None:
+            raise InputError(f"{name}: two columns are called {twice!r}: give each its own name")
+        for batch in table.iter_batches():
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: not valid UTF-8 after row {number}: {error.reason}; write text as UTF-8") from error
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{name}: not a valid Parquet file: {error}") from error
 
@@ -245,7 +320,7 @@ _READERS: dict[str, Callable[[Path, str], Iterator[Item]]] = {
     ".parquet": _read_parquet,
     ".txt": _read_text,
 }
-_SUFFIXES = f"{', '.join(_READERS)} (each also with .gz)"
+_SUFFIXES = f"{', '.join(_READERS)} (each also with .gz or .zst)"
 
 
 # --- elsewhere ------------------------------------------------------------------------------------------------------
@@ -254,7 +329,8 @@ _SUFFIXES = f"{', '.join(_READERS)} (each also with .gz)"
 def download(url: str, sha256: str, folder: Path, where: str) -> Path:
     """The file at `url`, in `folder`; one that is there already and has the checksum is not fetched again.
 
-    `where` names the params key and its value.
+    What a broken connection, or a run that was stopped, left behind is taken up where it ended. `where` names the
+    params key and its value.
 
     Raises:
         InputError: where it cannot be had, or its checksum is another.
@@ -262,33 +338,57 @@ def download(url: str, sha256: str, folder: Path, where: str) -> Path:
     path = folder / sha256[:16] / (PurePosixPath(urlsplit(url).path).name or "download")
     if path.is_file() and file_sha256(path) == sha256:
         return path
-    with atomic_file(path) as temporary:
-        try:
-            _fetch(url, temporary)
-        except httpx.HTTPStatusError as error:
-            raise InputError(f"{where}: the server answered {error.response.status_code}") from error
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise InputError(f"{where}: cannot be downloaded: {error or type(error).__name__}") from error
-        found = file_sha256(temporary)
-        if found != sha256:
-            raise InputError(
-                f"{where}: the download has sha256 {found}, params.yaml says {sha256}; the file has changed, "
-                "or the checksum is of another one: look at it before you correct the checksum"
-            )
+    part = path.with_name(f"{path.name}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    begun = part.stat().st_size if part.exists() else 0
+    try:
+        found = _fetch(url, part)
+        if found != sha256 and begun:
+            # What was begun may be of an older version of the file: once more, from its first byte.
+            part.unlink()
+            found = _fetch(url, part)
+    except httpx.HTTPStatusError as error:
+        raise InputError(f"{where}: the server answered {error.response.status_code}") from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise InputError(f"{where}: cannot be downloaded: {error or type(error).__name__}") from error
+    if found != sha256:
+        part.unlink()
+        raise InputError(
+            f"{where}: the download has sha256 {found}, params.yaml says {sha256}; the file has changed, "
+            "or the checksum is of another one: look at it before you correct the checksum"
+        )
+    part.replace(path)
     return path
 
 
-def _fetch(url: str, path: Path) -> None:
+def _fetch(url: str, part: Path) -> str:
+    """Fetch what `part` lacks of the file at `url`, over several connections where one breaks; its sha256."""
+    for attempt in range(RETRIES + 1):
+        try:
+            _fetch_once(url, part)
+            break
+        except httpx.TransportError as error:
+            if attempt == RETRIES or isinstance(error, httpx.UnsupportedProtocol):
+                raise
+            log.warning("%s: %s; trying again", url, error or type(error).__name__)
+            time.sleep(RETRY_DELAY * 2**attempt)
+    return file_sha256(part)
+
+
+def _fetch_once(url: str, part: Path) -> None:
+    begun = part.stat().st_size if part.exists() else 0
     # The file as it is stored: a compressed transfer of it would have another checksum.
-    headers = {"Accept-Encoding": "identity"}
-    with (
-        httpx.stream("GET", url, headers=headers, follow_redirects=True, timeout=DOWNLOAD_TIMEOUT) as response,
-        path.open("wb") as file,
-    ):
+    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={begun}-"} if begun else {})}
+    with httpx.stream("GET", url, headers=headers, follow_redirects=True, timeout=DOWNLOAD_TIMEOUT) as response:
+        if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
+            return  # all of it was there
         response.raise_for_status()
-        total = int(response.headers.get("content-length", 0))
-        with progress(f"download {path.name.strip('.').removesuffix('.writing')}", total) as advance:
-            for chunk in response.iter_raw(CHUNK):
+        if response.status_code != httpx.codes.PARTIAL_CONTENT:
+            begun = 0  # a server that knows no ranges sends all of it again
+        total = begun + int(response.headers.get("content-length", 0))
+        with part.open("ab" if begun else "wb") as file, progress(f"download {part.stem}", total) as advance:
+            advance(begun)
+            for chunk in response.iter_raw():
                 file.write(chunk)
                 advance(len(chunk))
 

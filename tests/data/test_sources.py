@@ -8,6 +8,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from chatloom.data import sources
 from chatloom.data.drops import RowFault
 from chatloom.data.sources import download, locate
 from chatloom.errors import InputError
@@ -39,14 +41,15 @@ def refusal(path: Path) -> str:
 
 def save(path: Path, content: str | bytes) -> Path:
     data = content.encode() if isinstance(content, str) else content
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    compress = {".gz": gzip.compress, ".zst": partial(pa.compress, codec="zstd", asbytes=True)}.get(path.suffix, bytes)
+    path.write_bytes(compress(data))
     return path
 
 
 # --- kinds of file --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 class TestKinds:
     def test_jsonl(self, tmp_path: Path, suffix: str) -> None:
         path = save(tmp_path / f"a.jsonl{suffix}", '\ufeff{"a": 1}\n\n{"a": "二"}\r\n{"a": 3}')
@@ -77,7 +80,7 @@ class TestKinds:
     def test_parquet(self, tmp_path: Path, suffix: str) -> None:
         plain = tmp_path / "a.parquet"
         pq.write_table(pa.Table.from_pylist([{"a": [{"role": "user"}]}, {"a": None}]), plain)
-        path = plain if not suffix else save(tmp_path / "b.parquet.gz", plain.read_bytes())
+        path = plain if not suffix else save(tmp_path / f"b.parquet{suffix}", plain.read_bytes())
         assert read(path) == [(1, {"a": [{"role": "user"}]}), (2, {"a": None})]
 
 
@@ -102,6 +105,25 @@ def test_broken_line_of_jsonl_is_a_fault_in_its_place(tmp_path: Path) -> None:
     ]
 
 
+def test_what_json_would_swallow_is_a_fault(tmp_path: Path) -> None:
+    digits = "1" * 5000
+    lines = ['{"a": 1, "a": 2}', '{"x": {"b": 1, "b": 1}}', "[" * 100_000, f'{{"a": {digits}}}', '{"a": 1}']
+    faults = [
+        (1, "repeated_key: the key 'a' stands in one object twice"),
+        (2, "repeated_key: the key 'b' stands in one object twice"),
+        (3, "broken_json: not valid JSON: Nested too deeply at column 1"),
+        (
+            4,
+            "broken_json: not valid JSON: Exceeds the limit (4300 digits) for integer string conversion: "
+            "value has 5000 digits at column 1",
+        ),
+        (5, {"a": 1}),
+    ]
+    assert read(save(tmp_path / "a.jsonl", "\n".join(lines))) == faults
+    rows = [lines[0], '{"a": 1}']
+    assert read(save(tmp_path / "a.json", f"[{','.join(rows)}]")) == [faults[0], (1, {"a": 1})]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -118,11 +140,15 @@ def test_broken_line_of_jsonl_is_a_fault_in_its_place(tmp_path: Path) -> None:
         ),
         ("a.csv", "", "{path}: empty; expected a line of column names"),
         ("a.csv", 'prompt\n"a" b\n', "{path}:2: not valid CSV: ',' expected after '\"'"),
+        ("a.csv", 'prompt\n"a\nb\n', "{path}:3: not valid CSV: unexpected end of data"),
+        ("a.csv", "prompt,id,prompt\na,1,b\n", "{path}:1: two columns are called 'prompt': give each its own name"),
+        ("a.json", "[" * 100_000, "{path}:1: not valid JSON: Nested too deeply at column 2"),
+        ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "{path}:1: not valid UTF-8: invalid start byte; save the file as"),
         ("a.parquet", "x", "{path}: not a valid Parquet file: "),
         (
             "a.xlsx",
             "x",
-            "{path}: unknown kind of file; accepted: .json, .jsonl, .csv, .parquet, .txt (each also with .gz)",
+            "{path}: unknown kind of file; accepted: .json, .jsonl, .csv, .parquet, .txt (each also with .gz or .zst)",
         ),
     ],
 )
@@ -137,10 +163,30 @@ def test_file_that_is_no_gzip_is_named(tmp_path: Path) -> None:
     assert refusal(path) == f"{path}: not a valid gzip file: Not a gzipped file (b'{{\"')"
 
 
-def test_cut_gzip_is_named(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl.gz", [{"a": number} for number in range(1000)])
+@pytest.mark.parametrize(("suffix", "kind"), [(".gz", "gzip"), (".zst", "Zstandard")])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_cut_file_is_named(tmp_path: Path, name: str, suffix: str, kind: str) -> None:
+    path = save(tmp_path / f"{name}{suffix}", "".join(f'{{"a": {number}}}\n' for number in range(1000)))
     path.write_bytes(path.read_bytes()[:-100])
-    assert refusal(path).startswith(f"{path}: not a valid gzip file: ")
+    assert refusal(path).startswith(f"{path}: not a valid {kind} file: ")
+
+
+def test_zstandard_of_several_frames_is_read_whole(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.txt.zst", "one\n")
+    path.write_bytes(path.read_bytes() + pa.compress(b"two\n", codec="zstd", asbytes=True))
+    assert read(path) == [(1, {"text": "one"}), (2, {"text": "two"})]
+
+
+def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert refusal(tmp_path / "a.parquet").endswith("two columns are called 'prompt': give each its own name")
+
+
+def test_text_that_is_no_utf8_in_parquet_is_named(tmp_path: Path) -> None:
+    broken = pa.array([b"\xff\xfe"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"prompt": broken}), tmp_path / "a.parquet")
+    assert "a.parquet: not valid UTF-8 after row 0: " in refusal(tmp_path / "a.parquet")
 
 
 # --- paths ----------------------------------------------------------------------------------------------------------
@@ -154,7 +200,9 @@ def names(path: Path | str) -> tuple[list[str], list[str]]:
 def test_folder_gives_its_data_files_and_names_the_others(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.csv.gz", "README.md"):
         save(tmp_path / name, "")
-    assert names(tmp_path) == (["a.csv.gz", "b.jsonl"], ["README.md"])
+    (tmp_path / "more.jsonl").mkdir()
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
+    assert names(tmp_path) == (["a.csv.gz", "b.jsonl"], ["README.md", "loop.jsonl", "more.jsonl/"])
 
 
 def test_glob_gives_matches_in_order(tmp_path: Path) -> None:
@@ -168,6 +216,7 @@ def test_glob_gives_matches_in_order(tmp_path: Path) -> None:
     [
         ("none.jsonl", "no such file or folder"),
         ("*.none", "no file matches"),
+        ("loop", "no such file or folder"),
         (".", "the folder has no file that ends"),
     ],
 )
@@ -175,6 +224,7 @@ def test_nothing_there_names_the_params_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, problem: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
     with pytest.raises(InputError, match=re.escape(f"raw_data.sources[0].path = '{path}': {problem}")):
         names(path)
 
@@ -184,6 +234,9 @@ def test_nothing_there_names_the_params_key(
 
 class Server(ThreadingHTTPServer):
     requests = 0
+    breaks = 0
+    """Answers to /breaks that end after five bytes."""
+    ranges: list[str | None]
 
     @property
     def url(self) -> str:
@@ -202,7 +255,18 @@ def server() -> Iterator[Server]:
 
         def do_GET(self) -> None:
             made.requests += 1
-            if self.path == "/moved.jsonl.gz":
+            if self.path in ("/breaks", "/no-ranges"):
+                made.ranges.append(asked := self.headers["Range"])
+                first = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and "breaks" in self.path else 0
+                if first >= len(CONTENT):
+                    self.send_error(416)
+                    return
+                self.send_response(206 if first else 200)
+                self.send_header("Content-Length", str(len(CONTENT) - first))
+                self.end_headers()
+                breaks = len(made.ranges) <= made.breaks
+                self.wfile.write(CONTENT[first : first + 5] if breaks else CONTENT[first:])
+            elif self.path == "/moved.jsonl.gz":
                 self.send_response(302)
                 self.send_header("Location", "/data.jsonl.gz?x=1")
                 self.end_headers()
@@ -215,6 +279,7 @@ def server() -> Iterator[Server]:
                 self.send_error(404)
 
     made = Server(("127.0.0.1", 0), Handler)
+    made.ranges = []
     thread = threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield made
@@ -243,6 +308,41 @@ def test_damaged_download_is_fetched_again(server: Server, tmp_path: Path) -> No
     assert download(f"{server.url}/data.jsonl.gz", CHECKSUM, tmp_path, KEY).read_bytes() == CONTENT
 
 
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "RETRY_DELAY", 0.0)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_broken_download_goes_on_where_it_ended(server: Server, tmp_path: Path) -> None:
+    server.breaks = 3
+    assert download(f"{server.url}/breaks", CHECKSUM, tmp_path, KEY).read_bytes() == CONTENT
+    assert server.ranges == [None, "bytes=5-", "bytes=10-", "bytes=15-"]
+
+
+@pytest.mark.usefixtures("hasty")
+def test_download_goes_on_in_the_next_run(server: Server, tmp_path: Path) -> None:
+    server.breaks = 1 + sources.RETRIES
+    with pytest.raises(InputError, match="cannot be downloaded"):
+        download(f"{server.url}/breaks", CHECKSUM, tmp_path, KEY)
+    assert download(f"{server.url}/breaks", CHECKSUM, tmp_path, KEY).read_bytes() == CONTENT
+    assert server.ranges[-1] == "bytes=25-"
+
+
+@pytest.mark.usefixtures("hasty")
+def test_server_without_ranges_sends_it_all_again(server: Server, tmp_path: Path) -> None:
+    server.breaks = 1
+    assert download(f"{server.url}/no-ranges", CHECKSUM, tmp_path, KEY).read_bytes() == CONTENT
+
+
+def test_begun_download_of_another_version_is_begun_anew(server: Server, tmp_path: Path) -> None:
+    folder = tmp_path / CHECKSUM[:16]
+    folder.mkdir()
+    (folder / "breaks.part").write_bytes(b"old")
+    assert download(f"{server.url}/breaks", CHECKSUM, tmp_path, KEY).read_bytes() == CONTENT
+    assert server.ranges == ["bytes=3-", None]
+
+
 def test_wrong_checksum_is_refused_and_leaves_nothing(server: Server, tmp_path: Path) -> None:
     url = f"{server.url}/data.jsonl.gz"
     with pytest.raises(InputError) as caught:
@@ -258,7 +358,8 @@ def test_missing_download_names_the_answer(server: Server, tmp_path: Path) -> No
         locate(source(url=f"{server.url}/none.csv", sha256=CHECKSUM), KEY, tmp_path)
 
 
-def test_unreachable_server_is_named(tmp_path: Path) -> None:
+def test_unreachable_server_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "RETRY_DELAY", 0.0)
     with pytest.raises(InputError, match=r"sources\[0\]\.url = 'http://127\.0\.0\.1:9/a\.csv': cannot be downloaded: "):
         locate(source(url="http://127.0.0.1:9/a.csv", sha256=CHECKSUM), KEY, tmp_path)
 
