@@ -119,6 +119,8 @@ class DataSource(Section):
     """Regular expression on a row's id; rows with equal first group (translations of one item) share a split."""
     max_rows: Positive | None
     """Cap, by content hash and not by position; null takes every row."""
+    weight: Rate
+    """How often a row counts in sft and ptx: 2 puts each there twice, 0.5 half of them, by hash; eval has each once."""
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -143,17 +145,57 @@ class RawDataParams(Section):
         return self
 
 
+Check = Literal["drop", "report", "off"]
+Mend = Literal["fix", "drop", "report", "off"]
+
+
+class CleaningParams(Section):
+    """What is done with rows whose text has a fault; every step counts and gives examples in `reports/data.html`."""
+
+    max_characters: Positive
+    """Rows with more are dropped before anything else looks at them."""
+    mojibake: Mend
+    """UTF-8 that was read as another encoding: `Ã©` for `é`."""
+    control_characters: Mend
+    """Controls, byte order marks, carriage returns."""
+    lost_characters: Check
+    """U+FFFD: an earlier program could not read a character and put this in its place."""
+    placeholder_input: Mend
+    """A question whose last paragraph only says that there is no input."""
+    placeholder_answer: Check
+    """An answer that only says that there is none."""
+    placeholders: list[str]
+    """Texts that say so, in lower case, without the brackets and marks around them."""
+    one_character_answer: Check
+    """One character answers some questions (`7`, `是`), so look at the examples before you drop."""
+    repeats_question: Check
+    """The answer is the question again."""
+    html_answer: Check
+    """Marks of a web page in an answer to a question that asks for no code."""
+    language_mismatch: Check
+    """The text reads like another language than the row says."""
+    pii: Check
+    """What looks like an e-mail address, a phone, identity or card number, or an IP address."""
+    near_duplicates: Check
+    """Rows whose question and answers are nearly those of an earlier row."""
+    similarity: Annotated[float, Field(ge=0.75, le=1)]
+    """Share of five-character pieces that makes two texts near-duplicates (Jaccard, estimated by MinHash); below 0.75
+    pairs would be missed. Near-duplicate questions share a split, whatever `near_duplicates` says."""
+
+
 class PrepareDataParams(Section):
+    cleaning: CleaningParams
     split_weights: dict[Split, Annotated[float, Field(ge=0)]]
     """Relative sizes; a row is placed by the hash of its content among the splits open to it."""
     max_prompt_tokens: Positive
     max_response_tokens: Positive
     """Longer rows are dropped, counted and reported: neither a question nor an answer is ever cut."""
     max_eval_rows: Positive | None
-    """Cap of the eval split per language, by content hash; null keeps all."""
+    """Cap of the eval split per language, in the order of the rows: added ones displace none. null keeps all."""
     shard_rows: Positive
+    """Rows a file: when rows are added, the last file of each split changes and no other."""
     num_workers: Positive
-    """Processes that tokenise."""
+    """Processes that clean and tokenise."""
     seed: int
 
     @model_validator(mode="after")

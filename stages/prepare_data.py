@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig
 
 from chatloom.data.prepare import prepare, prepare_metrics
+from chatloom.data.report import render_data_report
 from chatloom.errors import InputError
+from chatloom.files import atomic_file
 from stages.run import stage
 
 BASE, RAW, PREPARED = Path("models/base"), Path("data/raw"), Path("data/prepared")
+RAW_REPORT, PAGE = Path("reports/raw_data.json"), Path("reports/data.html")
 
 
 def main() -> None:
@@ -21,6 +25,9 @@ def main() -> None:
         with run.out(str(PREPARED)) as folder:
             report = prepare(run.params.prepare_data, RAW, tokenizer, _stop_id(BASE), folder)
         run.report("prepare_data", report)
+        page = render_data_report(json.loads(RAW_REPORT.read_text(encoding="utf-8")), report)
+        with atomic_file(PAGE) as temporary:
+            temporary.write_text(page, encoding="utf-8")
         run.metrics(prepare_metrics(report))
 
 

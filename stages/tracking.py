@@ -229,16 +229,20 @@ def _git(root: Path, *command: str) -> str | None:
 
 
 def _sample(path: Path) -> Any:
-    """A few rows to recognise a dataset by: of its first Parquet shard, or the list of its files."""
+    """A few rows to recognise a dataset by: of its first Arrow or Parquet file, or the list of its files."""
     import pandas as pd
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    shards = [file for file in files if file.suffix == ".parquet"]
+    shards = [file for file in files if file.suffix in (".arrow", ".parquet")]
     if not shards:
         return pd.DataFrame({"file": [str(file) for file in files], "bytes": [file.stat().st_size for file in files]})
-    batches = pq.ParquetFile(shards[0]).iter_batches(SAMPLE_ROWS)
-    rows = next(batches).to_pylist() if pq.read_metadata(shards[0]).num_rows else []
+    if shards[0].suffix == ".arrow":
+        rows = pa.ipc.open_file(pa.memory_map(str(shards[0]))).read_all().slice(0, SAMPLE_ROWS).to_pylist()
+    else:
+        batches = pq.ParquetFile(shards[0]).iter_batches(SAMPLE_ROWS)
+        rows = next(batches).to_pylist() if pq.read_metadata(shards[0]).num_rows else []
     # Nested cells as JSON: MLflow's schemas have no word for some of Arrow's types.
     for row in rows:
         row.update({key: json.dumps(cell, ensure_ascii=False) for key, cell in row.items() if isinstance(cell, list)})

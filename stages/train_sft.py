@@ -1,8 +1,9 @@
 """DVC stage `train_sft`: supervised fine-tuning of the base model."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from chatloom.data.examples import Example
+from chatloom.data.examples import Example, Examples
 from chatloom.data.prepared import PreparedRow, read_split
 from chatloom.device import resolve_device
 from chatloom.errors import InputError
@@ -22,7 +23,7 @@ def main() -> None:
         require_available(params.parallel, "train_sft")
         device = resolve_device(runtime.device, runtime.dtype, runtime.num_threads)
         run.dataset(TRAIN, "sft")
-        examples = [Example.of_row(row) for row in read_split(TRAIN)]
+        examples = Examples(read_split(TRAIN))
         if not examples:
             raise InputError(f"{TRAIN} has no rows; give prepare_data.split_weights.sft a larger share or add data")
         policy = trainable(BASE, ADAPTER, params, device)
@@ -35,7 +36,7 @@ def main() -> None:
         run.metrics(metrics)
 
 
-def held_out(rows: list[PreparedRow], limit: int) -> dict[str, list[Example]]:
+def held_out(rows: Sequence[PreparedRow], limit: int) -> dict[str, list[Example]]:
     """Up to `limit` held-out examples a language."""
     found: dict[str, list[Example]] = {}
     for row in rows:

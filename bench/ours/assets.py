@@ -43,6 +43,7 @@ def make_rows(out: Path, checkpoint: str, source: str, max_prompt: int, max_leng
         splits=["sft"],
         group=None,
         max_rows=READ_AT_MOST,
+        weight=1,
     )
     with tempfile.TemporaryDirectory() as folder:
         ingest(RawDataParams(sources=[where], shard_rows=READ_AT_MOST), Path(folder))

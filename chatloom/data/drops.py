@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 EXAMPLES = 3
@@ -20,11 +21,18 @@ class RowFault(Exception):
 
 
 class Drops:
-    """Counts of rows left out, by reason, with the first few of each as examples."""
+    """Counts of rows left out (or mended, or noticed), by reason, with the first few of each as examples."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
         self._examples: dict[str, list[str]] = {}
+
+    @classmethod
+    def merged(cls, parts: Iterable[Drops]) -> Drops:
+        drops = cls()
+        for part in parts:
+            drops.merge(part)
+        return drops
 
     def add(self, reason: str, example: str) -> None:
         self.add_count(reason, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 from chatloom.data.prepared import PreparedRow
 
@@ -29,3 +30,22 @@ class Example:
     @property
     def num_predicted(self) -> int:
         return sum(self.loss_mask)
+
+
+class Examples(Sequence[Example]):
+    """Those of rows, each made when it is asked for: of rows that are mapped into memory, few are ever in it."""
+
+    def __init__(self, rows: Sequence[PreparedRow]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, place: int) -> Example: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Example]: ...
+    def __getitem__(self, place: int | slice) -> Example | list[Example]:
+        if isinstance(place, slice):
+            return [Example.of_row(row) for row in self._rows[place]]
+        return Example.of_row(self._rows[place])

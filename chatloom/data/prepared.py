@@ -1,17 +1,19 @@
 """Prepared rows: what `prepare_data` writes and every training stage reads.
 
-A split is a folder of Parquet shards with one schema for all splits; a split only asks for a number of responses.
+A split is a folder of Arrow files, mapped into memory and not read: a row costs memory only while it is in use. The
+files hold the rows in the order they came in, so that rows added later change the last file only; readers see them
+shuffled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
+from typing import Any, overload
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from chatloom.errors import InputError
 
@@ -27,8 +29,14 @@ SCHEMA = pa.schema(
         ("prompt_loss_mask", pa.list_(pa.bool_())),
         ("responses", pa.list_(pa.string())),
         ("response_ids", pa.list_(pa.list_(pa.int32()))),
+        ("cluster", pa.string()),
     ]
 )
+BATCH_ROWS = 256
+"""Rows made at once where all are asked for."""
+ORDER = "order"
+"""The column that rows are read in the order of."""
+SPLIT_SCHEMA = SCHEMA.append(pa.field(ORDER, pa.int64()))
 
 
 @dataclass(frozen=True)
@@ -47,44 +55,95 @@ class PreparedRow:
     """Best first."""
     response_ids: list[list[int]]
     """(R_k) each response with its stop token."""
+    cluster: str | None = None
+    """Id of the first of the rows that ask nearly the same, which share a split and a side of every holdout."""
 
     @property
     def question(self) -> str:
         return self.messages[-1]["content"]
 
+    @property
+    def family(self) -> str:
+        """Equal for rows that ask nearly the same; a row without a cluster is alone."""
+        return self.cluster or self.id
+
+
+class PreparedRows(Sequence[PreparedRow]):
+    """The rows of a split, shuffled; each is made when it is asked for."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._order = np.argsort(table.column(ORDER).to_numpy(), kind="stable")
+        self._table = table.drop_columns([ORDER])
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @overload
+    def __getitem__(self, place: int) -> PreparedRow: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[PreparedRow]: ...
+    def __getitem__(self, place: int | slice) -> PreparedRow | list[PreparedRow]:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        [row] = self._table.slice(int(self._order[place]), 1).to_pylist()
+        return PreparedRow(**row)
+
+    def __iter__(self) -> Iterator[PreparedRow]:
+        for start in range(0, len(self), BATCH_ROWS):
+            for row in self._table.take(self._order[start : start + BATCH_ROWS]).to_pylist():
+                yield PreparedRow(**row)
+
+
+class SplitWriter:
+    """Writes the rows of a split to `part-00000.arrow`, ..., so many each; an empty split still gets one."""
+
+    def __init__(self, folder: Path, shard_rows: int) -> None:
+        self._folder, self._shard_rows = folder, shard_rows
+        self._waiting = SPLIT_SCHEMA.empty_table()
+        self._written = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, rows: pa.Table) -> None:
+        self._waiting = pa.concat_tables([self._waiting, rows])
+        while len(self._waiting) >= self._shard_rows:
+            self._write(self._waiting.slice(0, self._shard_rows))
+            self._waiting = self._waiting.slice(self._shard_rows)
+
+    def close(self) -> None:
+        if len(self._waiting) or not self._written:
+            self._write(self._waiting)
+
+    def _write(self, rows: pa.Table) -> None:
+        write_table(self._folder / f"part-{self._written:05d}.arrow", rows)
+        self._written += 1
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """One record batch, so that equal rows give equal bytes however they were put together."""
+    with pa.ipc.new_file(path, table.schema) as file:
+        file.write_table(table.combine_chunks())
+
+
+def map_table(path: Path) -> pa.Table:
+    """A table of `write_table`, mapped into memory."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
 
 def write_split(folder: Path, rows: Iterable[PreparedRow], shard_rows: int) -> None:
-    """Write rows as `part-00000.parquet`, ...; an empty split still gets one (empty) shard, so that it exists."""
-    folder.mkdir(parents=True, exist_ok=True)
-    remaining = iter(rows)
-    number = 0
-    while (shard := list(islice(remaining, shard_rows))) or number == 0:
-        _write_shard(folder, number, [vars(row) for row in shard])
-        number += 1
+    """Write a split that is read again in the order of `rows`."""
+    writer = SplitWriter(folder, shard_rows)
+    values: list[dict[str, Any]] = [{**vars(row), ORDER: number} for number, row in enumerate(rows)]
+    writer.add(pa.Table.from_pylist(values, schema=SPLIT_SCHEMA))
+    writer.close()
 
 
-def _write_shard(folder: Path, number: int, rows: list[dict[str, object]]) -> None:
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), folder / f"part-{number:05d}.parquet", compression="zstd")
-
-
-def read_split(folder: Path, *, limit: int | None = None) -> list[PreparedRow]:
-    """The rows of a split in their written order, the first `limit` of them.
+def read_split(folder: Path) -> PreparedRows:
+    """The rows of a split, in an order drawn from `prepare_data.seed`.
 
     Raises:
-        InputError: where the folder has no shard.
+        InputError: where the folder has no file of rows.
     """
-    rows: list[PreparedRow] = []
-    for row in _rows(folder):
-        if limit is not None and len(rows) >= limit:
-            break
-        rows.append(row)
-    return rows
-
-
-def _rows(folder: Path) -> Iterator[PreparedRow]:
-    shards = sorted(folder.glob("part-*.parquet"))
-    if not shards:
+    files = sorted(folder.glob("part-*.arrow"))
+    if not files:
         raise InputError(f"{folder}: no prepared rows; run the stage prepare_data first")
-    for shard in shards:
-        for row in pq.read_table(shard, schema=SCHEMA).to_pylist():
-            yield PreparedRow(**row)
+    return PreparedRows(pa.concat_tables(map(map_table, files)))

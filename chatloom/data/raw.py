@@ -28,6 +28,7 @@ from chatloom.data.schemas import (
     detect_format,
     detect_language,
     ignored_keys,
+    keys_of,
     text_of,
 )
 from chatloom.data.sources import Item, SourceFile, file_sha256, locate
@@ -47,6 +48,7 @@ SCHEMA = pa.schema(
         ("license", pa.string()),
         ("group", pa.string()),
         ("splits", pa.list_(pa.string())),
+        ("weight", pa.float64()),
     ]
 )
 ROWS_LOOKED_AT = 20
@@ -124,6 +126,30 @@ def ingest(params: RawDataParams, out: Path, *, downloads: Path | None = None) -
     }
 
 
+def converted_rows(
+    source: DataSource, key: str, downloads: Path
+) -> Iterator[tuple[str, int, RawRow | RowFault | InputError]]:
+    """Name, line and row of all there is in a source, or what is wrong with it: of a whole file at the line 0.
+
+    Raises:
+        InputError: where there is no such source.
+    """
+    files, skipped = locate(source, key, downloads)
+    context = _Source(source, key, _group_pattern(source, key), len(files) > 1)
+    for name in skipped:
+        yield name, 0, InputError(f"{name}: not read: no kind of file that is known")
+    for file in files:
+        empty = True
+        try:
+            for line, row in _converted(file, context, []):
+                empty = False
+                yield file.name, line, row
+            if empty:
+                raise InputError(f"{file.name}: no rows")
+        except InputError as error:
+            yield file.name, 0, error
+
+
 def raw_metrics(report: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a report of `ingest`, flat."""
     return {
@@ -141,12 +167,25 @@ def read_raw(folder: Path) -> Iterator[RawRow]:
     Raises:
         InputError: where the folder has no shard.
     """
+    for shard in raw_shards(folder):
+        yield from read_shard(shard)
+
+
+def raw_shards(folder: Path) -> list[Path]:
+    """The files that `ingest` wrote, in the order of their rows."""
     shards = sorted(folder.glob("*.parquet"))
     if not shards:
         raise InputError(f"{folder}: no raw rows; run the stage raw_data first")
-    for shard in shards:
-        for row in pq.read_table(shard, schema=SCHEMA).to_pylist():
-            yield RawRow(**row)
+    return shards
+
+
+def count_rows(shard: Path) -> int:
+    return int(pq.read_metadata(shard).num_rows)
+
+
+def read_shard(shard: Path) -> Iterator[RawRow]:
+    for row in pq.read_table(shard, schema=SCHEMA).to_pylist():
+        yield RawRow(**row)
 
 
 def content_hash(row: RawRow) -> str:
@@ -176,6 +215,7 @@ def _ingest_source(
         "name": source.name,
         "license": source.license,
         "splits": source.splits,
+        "weight": source.weight,
         **totals,
         "dropped": drops.report(),
         "languages": dict(sorted(languages.items())),
@@ -203,19 +243,14 @@ def _group_pattern(source: DataSource, key: str) -> re.Pattern[str] | None:
 
 def _rows_of_file(file: SourceFile, source: _Source, reports: list[_FileReport]) -> Iterator[RawRow]:
     """Converted rows of one file; its report, added to `reports`, is complete when the last row is taken."""
-    items = file.read()
-    report, looked_at = _begin(file, source, items)
-    reports.append(report)
-    for line, fields in chain(looked_at, items):
+    for line, row in _converted(file, source, reports):
+        report = reports[-1]
         report.rows_in += 1
-        try:
-            if isinstance(fields, RowFault):
-                raise fields
-            row = _row(fields, line, report, source)
-        except RowFault as fault:
-            report.drops.add(fault.reason, f"{file.name}:{line}: {fault}")
-            continue
-        yield row
+        if isinstance(row, RowFault):
+            report.drops.add(row.reason, f"{file.name}:{line}: {row}")
+        else:
+            yield row
+    report = reports[-1]
     if not report.rows_in:
         raise InputError(f"{file.name}: no rows")
     if report.drops.total == report.rows_in:
@@ -223,6 +258,23 @@ def _rows_of_file(file: SourceFile, source: _Source, reports: list[_FileReport])
             f"{report.drops.first()}\nnone of the {report.rows_in} rows of {file.name} can be used as {report.format}; "
             f"if that is not its format, set {source.key}.format"
         )
+
+
+def _converted(
+    file: SourceFile, source: _Source, reports: list[_FileReport]
+) -> Iterator[tuple[int, RawRow | RowFault]]:
+    """Every row of a file with its line; the file's report is added to `reports` first."""
+    items = file.read()
+    report, looked_at = _begin(file, source, items)
+    reports.append(report)
+    for line, fields in chain(looked_at, items):
+        try:
+            if isinstance(fields, RowFault):
+                raise fields
+            row: RawRow | RowFault = _row(fields, line, report, source)
+        except RowFault as fault:
+            row = fault
+        yield line, row
 
 
 def _begin(file: SourceFile, source: _Source, items: Iterator[Item]) -> tuple[_FileReport, list[Item]]:
@@ -255,7 +307,7 @@ def _detected(file: SourceFile, key: str, looked_at: list[Item], samples: list[F
         raise InputError(
             f"{faults[0]}\nnone of its {len(faults)} rows can be read" if faults else f"{file.name}: no rows"
         )
-    keys = sorted({str(name) for fields in samples for name in fields})
+    keys = keys_of(samples)
     accepted = "\n".join(f"  {format}: {shape}" for format, shape in ACCEPTED.items())
     raise InputError(
         f"{file.name}: unknown schema, its rows have the keys {', '.join(keys)}; accepted:\n{accepted}\n"
@@ -282,6 +334,7 @@ def _row(fields: Fields, line: int, report: _FileReport, source: _Source) -> Raw
         license=params.license,
         group=found.group(1) if found else None,
         splits=params.splits,
+        weight=params.weight,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,8 @@ KEYS_READ: dict[Format, set[str]] = {
 }
 ROW_KEYS = {"id", "lang"}
 """Keys every format may have."""
+LANGUAGE_CHARACTERS = 5000
+"""Of each text that are looked at to tell its language."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class RawRow:
     """Rows with an equal group (translations of one item) share a split."""
     splits: list[Split]
     """Splits the row may go to."""
+    weight: float
+    """How often the row counts in training."""
 
     @property
     def place(self) -> str:
@@ -99,7 +103,13 @@ def detect_format(rows: Sequence[Fields]) -> Format | None:
 
 def ignored_keys(rows: Sequence[Fields], format: Format) -> list[str]:
     """Keys of `rows` that a conversion from `format` does not read."""
-    return sorted({key for fields in rows for key in fields} - KEYS_READ[format] - ROW_KEYS)
+    return keys_of(rows, but=KEYS_READ[format] | ROW_KEYS)
+
+
+def keys_of(rows: Sequence[Fields], *, but: Collection[str] = ()) -> list[str]:
+    """Keys of `rows`, in a spelling that can be printed: JSON can spell half of a character."""
+    keys = {str(key) for fields in rows for key in fields if key not in but}
+    return sorted(key.encode(errors="backslashreplace").decode() for key in keys)
 
 
 def detect_language(conversation: Conversation) -> str:
@@ -108,7 +118,7 @@ def detect_language(conversation: Conversation) -> str:
     Only the dialogue counts, not a system message.
     """
     turns = [message["content"] for message in conversation.messages if message["role"] != "system"]
-    text = "".join([*turns, *conversation.responses])
+    text = "".join(text[:LANGUAGE_CHARACTERS] for text in (*turns, *conversation.responses))
     letters = sum(character.isalpha() for character in text)
     return "zh" if 5 * len(_CHINESE.findall(text)) > letters else "en"
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from chatloom.config import Split
+from chatloom.data.cleaning import normalised
+from chatloom.data.drops import RowFault
 from chatloom.data.prepared import Message
 
 TRAINING: tuple[Split, ...] = ("sft", "reward", "ppo", "ptx")
@@ -19,14 +20,15 @@ MIN_RESPONSES: dict[Split, int] = {"sft": 1, "reward": 1, "ppo": 0, "ptx": 1, "e
 
 class Placeable(Protocol):
     @property
+    def id(self) -> str: ...
+    @property
     def prompt_key(self) -> str: ...
     @property
     def group(self) -> str | None: ...
-
-
-def normalised(text: str) -> str:
-    """Text without what does not make it another question: case, runs of space, compatibility forms of characters."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    @property
+    def splits(self) -> Sequence[Split]: ...
+    @property
+    def num_responses(self) -> int: ...
 
 
 def prompt_key(messages: Sequence[Message]) -> str:
@@ -74,12 +76,57 @@ class Placement:
         return unit_hash(self.seed, "eval", key) < self.weights["eval"] / sum(self.weights.values())
 
 
-def leaked(training: Iterable[Placeable], held_out: Iterable[Placeable]) -> list[bool]:
-    """For each training row, whether its prompt, or a row of its group, is in the held-out rows."""
+@dataclass(frozen=True)
+class Placed:
+    split: Split
+    cluster: str
+    """Id of the first row of those that are one question: near-duplicates, translations, other answers to it."""
+
+
+Near = Mapping[str, Collection[str]]
+"""Prompt keys whose prompts are near-duplicates of a prompt; symmetric."""
+
+
+def assign(rows: Iterable[Placeable], near: Near, placement: Placement) -> Iterator[Placed | RowFault]:
+    """The split of each row, in their order; a later row never changes what became of an earlier one.
+
+    A row is placed by its own key, or by that of the first row whose question is nearly the same. Where the splits that
+    are open to it then put it on the other side of the line between training and eval, it is a leak and goes nowhere.
+    """
+    leaders: dict[str, tuple[int, str, str]] = {}
+    """Of a group or a prompt: number, id and key of the first row of its cluster."""
+    sides: dict[tuple[str, str], bool] = {}
+    """Of a kept prompt or group: whether it is in eval."""
+    for number, row in enumerate(rows):
+        prompts = [row.prompt_key, *sorted(near.get(row.prompt_key, ()))]
+        own = row.prompt_key if row.group is None else row.group
+        known = [leaders[key] for key in (own, *prompts) if key in leaders]
+        leader = leaders[own] if own in leaders else min(known, default=(number, row.id, own))
+        leaders.setdefault(own, leader)
+        leaders.setdefault(row.prompt_key, leader)
+        split = placement.place(leader[2], row.splits, row.num_responses)
+        if split is None:
+            yield RowFault("no_split", f"it is open to {', '.join(row.splits)} and has {row.num_responses} responses")
+            continue
+        held_out = split == "eval"
+        related = [("prompt", key) for key in prompts]
+        if row.group is not None:
+            related.append(("group", row.group))
+        if any(sides.get(key, held_out) != held_out for key in related):
+            other = "training" if held_out else "eval"
+            yield RowFault("leak", f"placed in {split}, its question, or its group, is in {other}")
+            continue
+        for key in (related[0], *related[len(prompts) :]):
+            sides[key] = held_out
+        yield Placed(split, leader[1])
+
+
+def leaks(training: Iterable[Placeable], held_out: Iterable[Placeable], near: Near) -> list[Placeable]:
+    """The training rows whose question, or one nearly the same, or whose group, is in the held-out rows."""
     prompts: set[str] = set()
     groups: set[str] = set()
     for row in held_out:
-        prompts.add(row.prompt_key)
+        prompts |= {row.prompt_key, *near.get(row.prompt_key, ())}
         if row.group is not None:
             groups.add(row.group)
-    return [row.prompt_key in prompts or row.group in groups for row in training]
+    return [row for row in training if row.prompt_key in prompts or row.group in groups]

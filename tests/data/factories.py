@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from chatloom.config import DataSource, PrepareDataParams, RawDataParams
+from chatloom.config import CleaningParams, DataSource, PrepareDataParams, RawDataParams, load_params
 
 ROOT = Path(__file__).parents[2]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -48,6 +48,7 @@ def source(name: str = "s", **changes: Any) -> DataSource:
         "splits": ["sft", "reward", "ppo", "ptx", "eval"],
         "group": None,
         "max_rows": None,
+        "weight": 1,
     }
     return DataSource.model_validate(values | changes)
 
@@ -56,8 +57,14 @@ def raw_params(*sources: DataSource, shard_rows: int = 1000) -> RawDataParams:
     return RawDataParams(sources=list(sources), shard_rows=shard_rows)
 
 
+def cleaning(**changes: Any) -> CleaningParams:
+    """The default preset's, with changes."""
+    return load_params(ROOT / "params.yaml").prepare_data.cleaning.model_copy(update=changes)
+
+
 def prepare_params(**changes: Any) -> PrepareDataParams:
     values: dict[str, Any] = {
+        "cleaning": cleaning(),
         "split_weights": {"sft": 0.45, "reward": 0.2, "ppo": 0.12, "ptx": 0.1, "eval": 0.13},
         "max_prompt_tokens": 200,
         "max_response_tokens": 200,

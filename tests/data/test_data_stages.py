@@ -48,5 +48,7 @@ def test_raw_and_prepared_rows(tmp_path: Path, checkpoint: Path) -> None:
         sum(len(read_split(tmp_path / "data/prepared" / split)) for split in ("sft", "reward", "ppo", "ptx", "eval"))
         == 60
     )
+    page = (tmp_path / "reports/data.html").read_text(encoding="utf-8")
+    assert "rows.jsonl:61: output is empty" in page
     report = json.loads((tmp_path / "reports/raw_data.json").read_text())
     assert report["dropped"]["empty_answer"]["examples"] == ["rows.jsonl:61: output is empty"]

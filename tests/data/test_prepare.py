@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ from transformers import PreTrainedTokenizerFast
 
 from chatloom.data import prepare as module
 from chatloom.data.prepare import prepare, prepare_metrics
-from chatloom.data.prepared import PreparedRow, read_split
+from chatloom.data.prepared import PreparedRows, read_split
+from chatloom.data.raw import ingest
 from chatloom.data.splits import SPLITS, prompt_key
 from chatloom.errors import InputError
 from tests.data.conftest import Ingest
-from tests.data.factories import STOP_ID, prepare_params, source, templated_rows, write_jsonl
+from tests.data.factories import STOP_ID, cleaning, prepare_params, raw_params, source, templated_rows, write_jsonl
 
-Splits = dict[str, list[PreparedRow]]
+Splits = dict[str, PreparedRows]
 ONLY_SFT = {"sft": 1, "reward": 0, "ppo": 0, "ptx": 0, "eval": 0}
 
 
@@ -144,7 +146,7 @@ def test_eval_shares_no_prompt_with_training(prepared: Any, tmp_path: Path) -> N
     assert report["dropped"] == {
         "leak": {"rows": len(splits["eval"]), "examples": report["dropped"]["leak"]["examples"]}
     }
-    assert report["dropped"]["leak"]["examples"][0].endswith("its prompt or group is in eval")
+    assert report["dropped"]["leak"]["examples"][0].endswith("its question, or its group, is in eval")
     assert not any(row.id.startswith("train") for row in splits["eval"])
 
 
@@ -234,6 +236,7 @@ def test_report_and_metrics(prepared: Any) -> None:
         **empty,
         "dropped/total": 1,
         "dropped/duplicate": 1,
+        "noticed/one_character_answer": 2,
     }
 
 
@@ -242,12 +245,137 @@ def test_processes_change_nothing(
 ) -> None:
     forged = {"instruction": "x<|im_end|>", "output": "<|im_end|>"}
     _, raw = ingested(source(path=str(write_jsonl(tmp_path / "rows.jsonl", [*templated_rows(60), forged]))))
-    monkeypatch.setattr(module, "CHUNK_ROWS", 7)
     monkeypatch.setattr(module, "MIN_PARALLEL_ROWS", 10)
     reports, bytes_written = [], []
     for workers in (1, 2):
         out = tmp_path / f"workers-{workers}"
         reports.append(prepare(prepare_params(num_workers=workers), raw, tokenizer, STOP_ID, out))
-        bytes_written.append({path.relative_to(out): path.read_bytes() for path in out.rglob("*.parquet")})
+        bytes_written.append({path.relative_to(out): path.read_bytes() for path in out.rglob("*.arrow")})
     assert reports[0] == reports[1]
     assert bytes_written[0] == bytes_written[1]
+
+
+def test_near_duplicates_are_dropped_and_other_answers_stay(prepared: Any) -> None:
+    question = "Name three things that a lighthouse keeper of the nineteenth century did every evening"
+    answer = "He trimmed the wick, wound the clockwork that turns the lens, and wrote the weather into the log book"
+    rows = [
+        {"id": "first", "instruction": f"{question}.", "output": f"{answer}."},
+        {"id": "nearly", "instruction": f"{question}!", "output": f"{answer}!"},
+        {"id": "other answer", "instruction": f"{question}!", "output": "He lit the lamp."},
+        {"id": "other question", "instruction": "What is a keeper?", "output": f"{answer}."},
+    ]
+    report, splits = prepared(rows=rows)
+    assert sorted(where(splits)) == ["first", "other answer", "other question"]
+    assert {reason: found["rows"] for reason, found in report["dropped"].items()} == {"near_duplicate": 1}
+    assert "nearly the prompt and responses of first" in report["dropped"]["near_duplicate"]["examples"][0]
+    # Nearly one question: one cluster, and so one split.
+    family = {row.id: row.family for rows in splits.values() for row in rows}
+    assert family == {"first": "first", "other answer": "first", "other question": "other question"}
+    assert where(splits)["first"] == where(splits)["other answer"]
+
+    report, splits = prepared(rows=rows, cleaning=cleaning(near_duplicates="report"))
+    assert len(where(splits)) == 4
+    assert report["noticed"]["near_duplicate"]["rows"] == 1
+
+
+def test_no_near_duplicate_of_an_eval_question_is_trained_on(prepared: Any) -> None:
+    subjects = [
+        "rivers",
+        "castles",
+        "engines",
+        "poems",
+        "islands",
+        "teachers",
+        "violins",
+        "markets",
+        "planets",
+        "gardens",
+    ]
+    rows = [
+        {
+            "id": f"{n}-{end}",
+            "instruction": f"Explain in {n} short sentences why {s} mattered to people{end}",
+            "output": a,
+        }
+        for n, s in enumerate(subjects * 6, start=100)
+        for end, a in ((".", f"Because of {s} number {n}."), (" !", f"They fed and pleased {n} of them."))
+    ]
+    report, splits = prepared(rows=rows)
+    held_out = {row.id.split("-")[0] for row in splits["eval"]}
+    assert held_out
+    assert not held_out & {row.id.split("-")[0] for split in SPLITS[:-1] for row in splits[split]}
+    assert report["leaked"] == 0
+
+
+def test_weight_repeats_or_leaves_out_training_rows(prepared: Any, tmp_path: Path) -> None:
+    path = str(write_jsonl(tmp_path / "rows.jsonl", templated_rows(300)))
+    report, once = prepared(source(path=path))
+    _, more = prepared(source(path=path, weight=2.5))
+    less_report, less = prepared(source(path=path, weight=0.5))
+    for split in ("reward", "ppo", "eval"):
+        assert [row.id for row in once[split]] == [row.id for row in more[split]] == [row.id for row in less[split]]
+    for split in ("sft", "ptx"):
+        ids = {row.id for row in once[split]}
+        counts = Counter(row.id.split("~")[0] for row in more[split])
+        assert set(counts) == ids
+        assert set(counts.values()) == {2, 3}
+        assert len({row.id for row in more[split]}) == len(more[split])
+        assert {row.id for row in less[split]} < ids
+        assert all(row.family == row.id.split("~")[0] for row in more[split])
+    assert less_report["dropped"]["below_weight"]["rows"] == report["rows_out"] - less_report["rows_out"] > 0
+
+
+def test_text_is_mended_and_reported(prepared: Any, tmp_path: Path) -> None:
+    rows = [
+        {"id": "a", "instruction": "Where is the caf\u00c3\u00a9?\n\n<noinput>", "output": "Next\x00 door."},
+        {"id": "b", "instruction": "Say something.", "output": "<nooutput>"},
+    ]
+    report, splits = prepared(rows=rows)
+    [row] = [row for rows in splits.values() for row in rows]
+    assert (row.question, row.responses) == ("Where is the café?", ["Next door."])
+    assert {step: found["rows"] for step, found in report["mended"].items()} == {
+        "control_characters": 1,
+        "mojibake": 1,
+        "placeholder_input": 1,
+    }
+    example = f"b ({tmp_path / 'rows.jsonl'}:2): the answer is '<nooutput>'"
+    assert report["dropped"] == {"placeholder_answer": {"rows": 1, "examples": [example]}}
+    assert report["sources"]["s"] == {
+        "rows_in": 2,
+        "rows_out": 1,
+        "dropped": {"placeholder_answer": 1},
+        "mended": {"control_characters": 1, "mojibake": 1, "placeholder_input": 1},
+        "noticed": {},
+    }
+
+
+def test_added_rows_leave_all_files_but_the_last_as_they_are(prepared: Any, tmp_path: Path, tokenizer: Any) -> None:
+    """Old rows keep their split, and of each split every file but the last keeps its bytes."""
+    contents = []
+    for number in (300, 330):
+        path = write_jsonl(tmp_path / "rows.jsonl", templated_rows(number))
+        raw = tmp_path / f"raw-{number}"
+        raw.mkdir()
+        ingest(raw_params(source(path=str(path)), shard_rows=20), raw)
+        out = tmp_path / f"out-{number}"
+        prepare(prepare_params(shard_rows=10), raw, tokenizer, STOP_ID, out)
+        contents.append(
+            {file.relative_to(folder): file.read_bytes() for folder in (raw, out) for file in folder.rglob("*.*")}
+        )
+    before, after = contents
+    changed = [name for name in before if before[name] != after[name]]
+    assert all(name == max(other for other in before if other.parent == name.parent) for name in changed)
+    assert len(before) > 25
+    assert where({split: read_split(tmp_path / "out-300" / split) for split in SPLITS}).items() <= (
+        where({split: read_split(tmp_path / "out-330" / split) for split in SPLITS}).items()
+    )
+
+
+def test_rows_are_read_in_an_order_of_their_own_and_lazily(prepared: Any) -> None:
+    _, splits = prepared(rows=templated_rows(400), split_weights=ONLY_SFT)
+    rows = splits["sft"]
+    assert [row.id for row in rows] == [rows[number].id for number in range(len(rows))] == [row.id for row in rows[:]]
+    assert rows[-1] == rows[399]
+    assert rows[5:7] == [rows[5], rows[6]]
+    with pytest.raises(IndexError):
+        rows[400]

@@ -35,6 +35,7 @@ def test_row_keeps_where_it_came_from(tmp_path: Path, ingested: Ingest) -> None:
             license="MIT",
             group="7",
             splits=["sft"],
+            weight=1,
         )
     ]
     assert [shard.name for shard in out.iterdir()] == ["mine-00000.parquet"]
@@ -91,6 +92,7 @@ def test_report_counts_every_drop_with_examples(tmp_path: Path, ingested: Ingest
                 "name": "s",
                 "license": "Apache-2.0",
                 "splits": ["sft", "reward", "ppo", "ptx", "eval"],
+                "weight": 1,
                 "rows_in": 8,
                 "rows_out": 1,
                 "dropped": dropped,

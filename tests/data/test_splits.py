@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
 
 from chatloom.config import Split
-from chatloom.data.splits import SPLITS, Placement, leaked, normalised, prompt_key, unit_hash
+from chatloom.data.cleaning import normalised
+from chatloom.data.splits import SPLITS, Placed, Placement, assign, leaks, prompt_key, unit_hash
 
 WEIGHTS: dict[Split, float] = {"sft": 0.4, "reward": 0.2, "ppo": 0.1, "ptx": 0.1, "eval": 0.2}
 PLACEMENT = Placement(WEIGHTS, 42)
@@ -80,8 +82,57 @@ def test_weight_zero_leaves_a_split_empty() -> None:
 class Row:
     prompt_key: str
     group: str | None = None
+    splits: Sequence[Split] = SPLITS
+    num_responses: int = 1
+
+    @property
+    def id(self) -> str:
+        return f"id of {self.prompt_key}"
 
 
-def test_leak_is_a_held_out_prompt_or_group() -> None:
-    training = [Row("a"), Row("b"), Row("c", "1"), Row("d", "2"), Row("e")]
-    assert leaked(training, [Row("b"), Row("x", "2"), Row("y")]) == [False, True, False, True, False]
+def assigned(rows: list[Row], near: dict[str, set[str]]) -> list[str]:
+    """Split of each row, or the reason why it has none."""
+    found = assign(rows, near, PLACEMENT)
+    return [placed.split if isinstance(placed, Placed) else placed.reason for placed in found]
+
+
+def key_in(split: Split, number: int = 0) -> str:
+    """A key that is placed in `split` by itself."""
+    return [key for key in KEYS if PLACEMENT.place(key, SPLITS, 1) == split][number]
+
+
+def test_leak_is_a_held_out_prompt_or_group_or_one_nearly_the_same() -> None:
+    training = [Row("a"), Row("b"), Row("c", "1"), Row("d", "2"), Row("e"), Row("f")]
+    near = {"e": {"y"}, "y": {"e"}}
+    assert [row.prompt_key for row in leaks(training, [Row("b"), Row("x", "2"), Row("y")], near)] == ["b", "d", "e"]
+
+
+def test_near_duplicates_share_the_split_of_the_first() -> None:
+    first, other = key_in("eval"), key_in("sft")
+    near = {first: {other}, other: {first}}
+    assert assigned([Row(first), Row(other)], near) == ["eval", "eval"]
+    assert assigned([Row(other), Row(first)], near) == ["sft", "sft"]
+    clusters = [
+        placed.cluster for placed in assign([Row(first), Row(other)], near, PLACEMENT) if isinstance(placed, Placed)
+    ]
+    assert clusters == [f"id of {first}"] * 2
+
+
+def test_near_duplicate_that_may_not_follow_is_a_leak() -> None:
+    first, other = key_in("eval"), key_in("sft")
+    near = {first: {other}, other: {first}}
+    assert assigned([Row(first), Row(other, splits=["sft"])], near) == ["eval", "leak"]
+    assert assigned([Row(other, splits=["sft"]), Row(first, splits=["eval"])], near) == ["sft", "leak"]
+
+
+def test_row_between_two_sides_is_a_leak_and_changes_neither() -> None:
+    held_out, trained, between = key_in("eval"), key_in("sft"), key_in("sft", 1)
+    near = {between: {held_out, trained}, held_out: {between}, trained: {between}}
+    assert assigned([Row(held_out), Row(trained), Row(between)], near) == ["eval", "sft", "leak"]
+
+
+def test_group_follows_its_first_row() -> None:
+    first, other = key_in("eval"), key_in("sft")
+    near = {first: {other}, other: {first}}
+    # The translation of a row that is nearly the first one.
+    assert assigned([Row(first), Row(other, "1"), Row("translation", "1")], near) == ["eval"] * 3
