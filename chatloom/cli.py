@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from chatloom.data.commands import app as data_app
 from chatloom.errors import InputError
 
 # torch, MLflow and FastAPI take seconds to import: commands import them when they run, so that --help is quick.
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
     from chatloom.serving.engine import Engine, Message
 
 app = typer.Typer(
-    help="Serve the chat model that the pipeline registered, or talk to it.",
+    help="Serve the chat model that the pipeline registered, or talk to it; look at data.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(data_app, name="data")
 
 ModelOption = Annotated[
     str, typer.Option("--model", help="models:/name@alias, models:/name/version, or a checkpoint's folder.")
