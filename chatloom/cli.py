@@ -55,6 +55,31 @@ def serve(
 
 
 @app.command()
+def rank(
+    candidates: Annotated[Path, typer.Option(help="Answers to rank, which the stage compare writes.")] = Path(
+        "data/comparisons/candidates.jsonl"
+    ),
+    rankings: Annotated[Path, typer.Option(help="Folder for what is said, a file an annotator.")] = Path(
+        "data/rankings"
+    ),
+    overlap: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the prompts that every annotator ranks.")
+    ] = 0.2,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8010,
+) -> None:
+    """Open the page on which people rank answers."""
+    with _input_errors():
+        from chatloom.data.rankings import read_candidates
+        from chatloom.ranking.app import create_app
+
+        web = create_app(read_candidates(candidates), rankings, overlap=overlap)
+    import uvicorn
+
+    uvicorn.run(web, host=host, port=port, log_level="warning" if host == "127.0.0.1" else "info")
+
+
+@app.command()
 def chat(
     model: ModelOption = "models:/chatloom@champion",
     system: Annotated[str | None, typer.Option(help="System message.")] = None,

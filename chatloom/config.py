@@ -265,15 +265,33 @@ class TrainSftParams(Training):
     pass
 
 
+class JudgeParams(Section):
+    """An OpenAI-compatible endpoint that compares answers; its key, if any, is in CHATLOOM_JUDGE_KEY."""
+
+    url: str
+    """Base address, the part before `/chat/completions`."""
+    model: str
+    max_requests: Positive
+    """Budget of one run of the stage; what was asked before comes from a cache and costs nothing."""
+    retries: NonNegative
+    timeout: Rate
+    """Seconds to wait for an answer."""
+
+
 class CompareParams(Section):
     num_prompts: NonNegative
     """Prompts with a reference answer for which responses are sampled."""
     num_responses: Positive
     """Responses sampled a prompt (K)."""
     max_new_tokens: Positive
-    temperature: Rate
+    temperatures: Annotated[list[Rate], Field(min_length=1)]
+    """The responses to a prompt take them in turn."""
     generation_batch: Positive
     """Sequences generated at once."""
+    ranked_by: Annotated[list[Literal["people", "judge", "reference"]], Field(min_length=1)]
+    """Who ranks a prompt's responses: the first of these that has said something of it. People: `chatloom rank`."""
+    judge: JudgeParams | None
+    """null where `ranked_by` names no judge."""
     min_similarity_gap: Annotated[float, Field(ge=0)]
     """Sampled responses whose chrF to the reference differ by less (0 to 100) are ties."""
     include_reference: bool
@@ -281,6 +299,12 @@ class CompareParams(Section):
     holdout: Fraction
     """Share of the prompts, by hash, kept out of reward training to measure accuracy on."""
     seed: int
+
+    @model_validator(mode="after")
+    def _judge_is_known(self) -> Self:
+        if ("judge" in self.ranked_by) != (self.judge is not None):
+            raise ValueError("compare.judge has to be set where compare.ranked_by names it, and null where it does not")
+        return self
 
 
 class TrainRewardParams(Training):

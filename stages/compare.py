@@ -1,22 +1,46 @@
-"""DVC stage `compare`: sample responses from the SFT model, rank them, merge in imported preferences."""
+"""DVC stage `compare`: sample responses from the SFT model, have them ranked, merge in imported preferences."""
 
+from __future__ import annotations
+
+import hashlib
+import logging
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from chatloom.config import CompareParams
-from chatloom.data.comparisons import Comparison, imported, in_holdout, ranked_by_reference, write_comparisons
+from chatloom.data.comparisons import (
+    Comparison,
+    distinct,
+    imported,
+    in_holdout,
+    ranked,
+    ranked_by_reference,
+    write_comparisons,
+)
+from chatloom.data.judge import Judge, OverBudget
 from chatloom.data.prepared import PreparedRow, read_split
+from chatloom.data.rankings import CANDIDATES, Candidate, Consensus, consensus, read_rankings, write_candidates
+from chatloom.data.schemas import Conversation
+from chatloom.data.sources import file_sha256
+from chatloom.data.templates import encode_row
 from chatloom.device import resolve_device
 from chatloom.errors import InputError
-from chatloom.models.checkpoint import ChatModel, load_on
+from chatloom.models.checkpoint import ChatModel, load_on, load_tokenizer, stop_ids
 from chatloom.models.generation import generate
 from chatloom.models.sampling import Sampling
 from chatloom.progress import progress
 from stages.run import StageRun, stage
 
-SFT, ROWS = Path("models/sft"), Path("data/prepared/reward")
+log = logging.getLogger(__name__)
+
+SFT, ROWS, RANKINGS = Path("models/sft"), Path("data/prepared/reward"), Path("data/rankings")
+# Outside the outs: what a judge was paid for is kept when the stage runs again.
+JUDGE_CACHE = Path(".state/judge")
+Answers = tuple[list[str], list[list[int]]]
+"""Texts and tokens of the responses sampled for one prompt."""
 
 
 def main() -> None:
@@ -25,13 +49,16 @@ def main() -> None:
         rows = read_split(ROWS)
         run.dataset(ROWS, "reward")
         device = resolve_device(runtime.device, runtime.dtype, runtime.num_threads)
-        found = [
-            imported(row, in_holdout(row.id, params.holdout, params.seed)) for row in rows if len(row.responses) > 1
-        ]
-        sampled = (
-            sample_and_rank(rows[: params.num_prompts], load_on(SFT, device), params) if params.num_prompts else []
-        )
-        comparisons = [*found, *sampled]
+        counts: Counter[str] = Counter()
+        found = [imported(row, holdout_of(row, params)) for row in rows if len(row.responses) > 1]
+        said = consensus(read_rankings(RANKINGS)) if "people" in params.ranked_by else []
+        by_people = ranked_by_people(said, rows, params, counts)
+        prompts = [row for row in rows[: params.num_prompts] if row.responses]
+        sft = weights_sha256(SFT)
+        answers = sample(prompts, load_on(SFT, device), params) if prompts else []
+        unranked = [(row, own) for row, own in zip(prompts, answers, strict=True) if row.id not in by_people]
+        sampled = rank(unranked, sft, params, counts)
+        comparisons = [*found, *by_people.values(), *sampled]
         if not any(not comparison.holdout for comparison in comparisons):
             raise InputError(
                 f"no comparison to train on: {ROWS} has {len(rows)} rows and "
@@ -39,6 +66,7 @@ def main() -> None:
             )
         with run.out("data/comparisons") as folder:
             write_comparisons(folder, comparisons)
+            write_candidates(folder / CANDIDATES, candidates_of(prompts, answers, sft))
         show(run, sampled)
         held_out = [comparison for comparison in comparisons if comparison.holdout]
         run.metrics(
@@ -48,40 +76,136 @@ def main() -> None:
                 "holdout/prompts": len(held_out),
                 "holdout/pairs": sum(len(comparison.pairs) for comparison in held_out),
                 "imported": len(found),
+                "by_people": len(by_people),
                 "sampled": len(sampled),
-                "sampled_all_tied": min(params.num_prompts, len(rows)) - len(sampled),
+                "sampled_all_tied": len(unranked) - len(sampled),
+                **counts,
                 **{f"lang/{lang}": count for lang, count in sorted(Counter(c.lang for c in comparisons).items())},
             }
         )
 
 
-def sample_and_rank(rows: list[PreparedRow], chat: ChatModel, params: CompareParams) -> list[Comparison]:
-    """K responses a prompt from the SFT model, ranked by their likeness to the row's best answer."""
-    prompts = [row.prompt_ids for row in rows for _ in range(params.num_responses)]
-    with progress("compare", len(prompts)) as advance:
-        ids = generate(
-            chat.model,
-            prompts,
-            Sampling(params.max_new_tokens, params.temperature),
-            stop_ids=chat.stop_ids,
-            generator=torch.Generator().manual_seed(params.seed),
-            batch_size=params.generation_batch,
-            on_done=advance,
-        )
-    texts = [chat.tokenizer.decode(response, skip_special_tokens=True).strip() for response in ids]
-    comparisons = []
-    for number, row in enumerate(rows):
-        own = slice(number * params.num_responses, (number + 1) * params.num_responses)
-        comparison = ranked_by_reference(
+def holdout_of(row: PreparedRow, params: CompareParams) -> bool:
+    return in_holdout(row.family, params.holdout, params.seed)
+
+
+def weights_sha256(model: Path) -> str:
+    """Of the weights' files, by name: which model it is that answered."""
+    digests = [f"{file.name} {file_sha256(file)}" for file in sorted(model.glob("*.safetensors"))]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def ranked_by_people(
+    said: Sequence[Consensus], rows: Sequence[PreparedRow], params: CompareParams, counts: Counter[str]
+) -> dict[str, Comparison]:
+    """What people said, by the id of its prompt; only of prompts in the reward split, as no other may train."""
+    if not said:
+        return {}
+    by_id = {row.id: row for row in rows}
+    tokenizer, [stop, *_] = load_tokenizer(SFT), stop_ids(SFT)
+    found = {}
+    for item in said:
+        row, ranking = by_id.get(item.ranking.id), item.ranking
+        if row is None or row.messages != ranking.messages:
+            counts["people/not_in_split"] += 1
+            continue
+        ids = encode_row(tokenizer, stop, Conversation(row.messages, ranking.responses)).response_ids
+        comparison = ranked(
             row,
-            texts[own],
-            ids[own],
-            min_gap=params.min_similarity_gap,
-            include_reference=params.include_reference,
-            holdout=in_holdout(row.id, params.holdout, params.seed),
+            ranking.responses,
+            ids,
+            item.ranks,
+            include_reference=False,
+            holdout=holdout_of(row, params),
+            by=item.annotators,
+            sft=ranking.sft,
+            at=item.at,
         )
+        if comparison is None:
+            counts["people/all_tied"] += 1
+        else:
+            found[row.id] = comparison
+    if counts["people/not_in_split"]:
+        log.warning("compare: %d rankings are of prompts that are not in %s", counts["people/not_in_split"], ROWS)
+    return found
+
+
+def sample(rows: Sequence[PreparedRow], chat: ChatModel, params: CompareParams) -> list[Answers]:
+    """K responses a prompt from the SFT model, at `params.temperatures` in turn: texts and tokens of each row."""
+    slots = [(number, turn) for number in range(len(rows)) for turn in range(params.num_responses)]
+    generator = torch.Generator().manual_seed(params.seed)
+    ids: dict[tuple[int, int], list[int]] = {}
+    with progress("compare", len(slots)) as advance:
+        for index, temperature in enumerate(params.temperatures):
+            own = [slot for slot in slots if slot[1] % len(params.temperatures) == index]
+            responses = generate(
+                chat.model,
+                [rows[number].prompt_ids for number, _ in own],
+                Sampling(params.max_new_tokens, temperature),
+                stop_ids=chat.stop_ids,
+                generator=generator,
+                batch_size=params.generation_batch,
+                on_done=advance,
+            )
+            ids |= dict(zip(own, responses, strict=True))
+    answers = []
+    for number in range(len(rows)):
+        tokens = [ids[number, turn] for turn in range(params.num_responses)]
+        answers.append(([chat.tokenizer.decode(one, skip_special_tokens=True).strip() for one in tokens], tokens))
+    return answers
+
+
+def candidates_of(rows: Sequence[PreparedRow], answers: Sequence[Answers], sft: str) -> list[Candidate]:
+    """What people may rank: each prompt with its distinct answers, where there are two or more."""
+    texts = [distinct(row, *own)[0] for row, own in zip(rows, answers, strict=True)]
+    pairs = zip(rows, texts, strict=True)
+    return [Candidate(row.id, row.lang, row.messages, own, sft) for row, own in pairs if len(own) > 1]
+
+
+def rank(
+    sampled: Sequence[tuple[PreparedRow, Answers]], sft: str, params: CompareParams, counts: Counter[str]
+) -> list[Comparison]:
+    """Comparisons by the judge, as far as its budget lasts, or by likeness to the reference answer."""
+    judge = Judge(params.judge, JUDGE_CACHE) if params.judge is not None else None
+    comparisons = []
+    for row, (texts, ids) in sampled:
+        comparison = None
+        for ranker in params.ranked_by:
+            if ranker == "judge" and judge is not None:
+                own, own_ids = distinct(row, texts, ids)
+                try:
+                    places = judge.rank(row.messages, own)
+                except OverBudget:
+                    counts["judge/over_budget"] += 1
+                    continue
+                comparison = ranked(
+                    row,
+                    own,
+                    own_ids,
+                    places,
+                    include_reference=params.include_reference,
+                    holdout=holdout_of(row, params),
+                    by=[f"judge {judge.params.model}"],
+                    sft=sft,
+                )
+                break
+            if ranker == "reference":
+                comparison = ranked_by_reference(
+                    row,
+                    texts,
+                    ids,
+                    min_gap=params.min_similarity_gap,
+                    include_reference=params.include_reference,
+                    holdout=holdout_of(row, params),
+                    sft=sft,
+                )
+                break
         if comparison is not None:
             comparisons.append(comparison)
+    if judge is not None:
+        counts.update({"judge/requests": judge.asked, "judge/cached": judge.cached, "judge/unclear": judge.unclear})
+        if counts["judge/over_budget"]:
+            log.warning("compare: the judge's budget left out %d prompts", counts["judge/over_budget"])
     return comparisons
 
 
@@ -94,6 +218,7 @@ def show(run: StageRun, comparisons: list[Comparison]) -> None:
             "prompt": [c.messages[-1]["content"] for c, _ in shown],
             "rank": [c.ranks[i] for c, i in shown],
             "origin": [c.origins[i] for c, i in shown],
+            "ranked by": [", ".join(c.ranked_by) for c, _ in shown],
             "response": [c.responses[i] for c, i in shown],
         },
     )

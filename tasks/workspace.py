@@ -31,7 +31,8 @@ from stages.run import PRESET, REPRODUCTION
 
 DEFAULT = "default"
 OWN = ("params.yaml", "dvc.lock")  # files that a workspace has for itself, as it has .dvc/
-SHARED = Path("data/own")  # people's own data, which git ignores and nobody wants copied: linked
+# What people put there is shared by all presets, written to, and not to be copied: linked.
+SHARED = (Path("data/own"), Path("data/rankings"))
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def make_workspace(preset: str, root: Path | None = None) -> Path:
     workspace = root / "workspaces" / preset
     _write_dvc_config(root / ".dvc", workspace / ".dvc")
     _mirror(root, workspace)
-    _link(root / SHARED, workspace / SHARED)
+    for folder in SHARED:
+        _link(root / folder, workspace / folder)
     _write_if_changed(workspace / "params.yaml", _dump(params))
     return workspace
 
@@ -118,7 +120,7 @@ def _checkout_files(root: Path) -> list[str]:
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
         raise InputError(f"{root}: a preset other than {DEFAULT!r} needs git and a git checkout") from error
     names = sorted(set(done.stdout.split("\0")) - {""})
-    elsewhere = (".dvc/", "workspaces/", f"{SHARED}/")
+    elsewhere = (".dvc/", "workspaces/", *(f"{folder}/" for folder in SHARED))
     return [name for name in names if name not in OWN and not name.startswith(elsewhere) and (root / name).is_file()]
 
 

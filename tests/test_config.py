@@ -74,6 +74,9 @@ def set_in(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
         ("quantize.bits", 5, "p.yaml: quantize.bits = 5: input should be 2, 3, 4 or 8"),
         ("prepare_data.split_weights", {"sft": 1}, "split_weights lacks ['eval', 'ppo', 'ptx', 'reward']"),
         ("register.gates.0.min", None, "gate on 'reward/accuracy' has neither min nor max"),
+        ("compare.ranked_by", ["judge"], "compare.judge has to be set where compare.ranked_by names it"),
+        ("compare.ranked_by", [], "p.yaml: compare.ranked_by = []: "),
+        ("prepare_data.cleaning.pii", "fix", "p.yaml: prepare_data.cleaning.pii = 'fix': input should be 'drop'"),
         ("raw_data.sources.0.hf", "a/b:train", "source 'starter' needs exactly one of path, url, hf"),
     ],
 )

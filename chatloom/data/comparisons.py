@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
 
@@ -26,6 +26,9 @@ SCHEMA = pa.schema(
         ("ranks", pa.list_(pa.int32())),
         ("origins", pa.list_(pa.string())),
         ("holdout", pa.bool_()),
+        ("ranked_by", pa.list_(pa.string())),
+        ("ranked_at", pa.string()),
+        ("sft", pa.string()),
     ]
 )
 IMPORTED, REFERENCE, SAMPLED = "imported", "reference", "sampled"
@@ -45,6 +48,12 @@ class Comparison:
     """Of each response: `imported`, `reference` or `sampled`."""
     holdout: bool
     """Kept out of training, to measure accuracy on."""
+    ranked_by: list[str] = field(default_factory=list)
+    """`imported`, `reference`, `judge <model>`, or the names of people."""
+    ranked_at: str | None = None
+    """When people ranked, in UTC; None where the ranking follows from the data alone."""
+    sft: str | None = None
+    """Hash of the SFT model that the sampled responses are of."""
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
@@ -64,7 +73,19 @@ class Comparison:
 def imported(row: PreparedRow, holdout: bool) -> Comparison:
     """A row that came with its own ranking."""
     ranks = list(range(len(row.responses)))
-    return _of(row, row.responses, row.response_ids, ranks, [IMPORTED] * len(ranks), holdout)
+    return _of(row, row.responses, row.response_ids, ranks, [IMPORTED] * len(ranks), holdout, ranked_by=[IMPORTED])
+
+
+def distinct(
+    row: PreparedRow, responses: Sequence[str], response_ids: Sequence[list[int]]
+) -> tuple[list[str], list[list[int]]]:
+    """Sampled responses without repeated ones, empty ones and those that are the row's own best answer."""
+    unique = {
+        text: ids
+        for text, ids in zip(responses, response_ids, strict=True)
+        if text.strip() and text.strip() != row.responses[0].strip()
+    }
+    return list(unique), list(unique.values())
 
 
 def ranked_by_reference(
@@ -75,6 +96,7 @@ def ranked_by_reference(
     min_gap: float,
     include_reference: bool,
     holdout: bool,
+    sft: str | None = None,
 ) -> Comparison | None:
     """Sampled responses ranked by their chrF (0 to 100) to the row's best answer; None where all of them tie.
 
@@ -86,11 +108,33 @@ def ranked_by_reference(
     similarity = {text: chrf(text, row.responses[0]) for text in unique}
     texts = sorted(unique, key=lambda text: -similarity[text])
     ranks = _ranks([similarity[text] for text in texts], min_gap)
-    ids, origins = [unique[text] for text in texts], [SAMPLED] * len(texts)
+    ids = [unique[text] for text in texts]
+    return ranked(row, texts, ids, ranks, include_reference=include_reference, holdout=holdout, by=[REFERENCE], sft=sft)
+
+
+def ranked(
+    row: PreparedRow,
+    texts: Sequence[str],
+    ids: Sequence[list[int]],
+    ranks: Sequence[int],
+    *,
+    include_reference: bool,
+    holdout: bool,
+    by: Sequence[str],
+    sft: str | None,
+    at: str | None = None,
+) -> Comparison | None:
+    """Sampled responses with their ranks, below the reference where that is included; None where all of them tie.
+
+    Best first: the responses are put in the order of their ranks.
+    """
+    order = sorted(range(len(texts)), key=lambda number: ranks[number])
+    texts, ids, ranks = [texts[n] for n in order], [ids[n] for n in order], [ranks[n] for n in order]
+    origins = [SAMPLED] * len(texts)
     if include_reference:
         texts, ids = [row.responses[0], *texts], [row.response_ids[0], *ids]
         ranks, origins = [0, *(rank + 1 for rank in ranks)], [REFERENCE, *origins]
-    comparison = _of(row, texts, ids, ranks, origins, holdout)
+    comparison = _of(row, texts, ids, ranks, origins, holdout, ranked_by=by, ranked_at=at, sft=sft)
     return comparison if comparison.pairs else None
 
 
@@ -129,10 +173,25 @@ def _of(
     row: PreparedRow,
     responses: Sequence[str],
     response_ids: Sequence[list[int]],
-    ranks: list[int],
+    ranks: Sequence[int],
     origins: list[str],
     holdout: bool,
+    *,
+    ranked_by: Sequence[str],
+    ranked_at: str | None = None,
+    sft: str | None = None,
 ) -> Comparison:
     return Comparison(
-        row.id, row.lang, row.messages, row.prompt_ids, list(responses), list(response_ids), ranks, origins, holdout
+        id=row.id,
+        lang=row.lang,
+        messages=row.messages,
+        prompt_ids=row.prompt_ids,
+        responses=list(responses),
+        response_ids=list(response_ids),
+        ranks=list(ranks),
+        origins=origins,
+        holdout=holdout,
+        ranked_by=list(ranked_by),
+        ranked_at=ranked_at,
+        sft=sft,
     )

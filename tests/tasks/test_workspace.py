@@ -78,8 +78,9 @@ def test_a_change_of_the_preset_reaches_its_workspace(checkout: Path) -> None:
     assert load_params(make_workspace("tiny", checkout) / "params.yaml").train_sft.seed == 8
 
 
-def test_own_data_that_git_ignores_is_there_without_a_copy(checkout: Path) -> None:
-    own = checkout / "data" / "own"
+@pytest.mark.parametrize("folder", ["own", "rankings"])
+def test_what_people_put_there_is_there_without_a_copy(checkout: Path, folder: str) -> None:
+    own = checkout / "data" / folder
     own.mkdir(parents=True)
     (own / "README.md").write_text("tracked\n")
     (own / "rows.jsonl").write_text("ignored\n")
@@ -87,8 +88,8 @@ def test_own_data_that_git_ignores_is_there_without_a_copy(checkout: Path) -> No
     (own / "more.jsonl").write_text("later\n")
     (own / "README.md").unlink()
     make_workspace("tiny", checkout)
-    assert (workspace / "data" / "own" / "rows.jsonl").read_text() == "ignored\n"
-    assert (workspace / "data" / "own" / "more.jsonl").read_text() == "later\n"
+    assert (workspace / "data" / folder / "rows.jsonl").read_text() == "ignored\n"
+    assert (workspace / "data" / folder / "more.jsonl").read_text() == "later\n"
     assert sorted(path.name for path in own.iterdir()) == ["more.jsonl", "rows.jsonl"]
 
 
