@@ -11,7 +11,7 @@ PRESET ?= default
 PREFECT_PORT ?= 4200
 MLFLOW_PORT ?= 5000
 
-.PHONY: help repro flow ui serve chat test test-unit lint lock bench clean
+.PHONY: help repro flow ui serve chat test test-unit lint lock bench bench-data clean
 
 help: ## List the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 12
@@ -51,6 +51,9 @@ lock: ## Resolve requirements.lock anew from pyproject.toml, with uv in a throwa
 
 bench: .venv/.installed ## Measure speed and memory against the peers (PART=sft: only the parts that begin so)
 	@python -m bench $(if $(PART),--part $(PART))
+
+bench-data: .venv/.installed ## Measure data preparation against datasets.map (ROWS=file of Alpaca rows)
+	@python -m bench.data --rows "$(or $(ROWS),$(CHATLOOM_DATA)/instructions_104k.jsonl.gz)"
 
 clean: ## Remove caches of tools and workspaces of presets; data, models, runs and .venv stay
 	rm -rf workspaces build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
