@@ -137,7 +137,7 @@ def converted_rows(
     files, skipped = locate(source, key, downloads)
     context = _Source(source, key, _group_pattern(source, key), len(files) > 1)
     for name in skipped:
-        yield name, 0, InputError(f"{name}: not read: no kind of file that is known")
+        yield name, 0, InputError(f"{name}: warning: not read: no kind of file that is known")
     for file in files:
         empty = True
         try:

@@ -53,7 +53,7 @@ def test_faults_of_whole_files_do_not_hide_each_other(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "d.jsonl", templated_rows(2))
     result = data("validate", str(tmp_path))
     assert result.exit_code == 1
-    assert "notes.md: not read" in result.stdout
+    assert "notes.md: warning: not read" in result.stdout
     for message in ("a.jsonl: unknown schema", "b.json:1: not valid JSON", "c.jsonl: no rows"):
         assert message in result.stdout
     assert "2 rows can be used" in result.stderr
