@@ -116,7 +116,8 @@ class DataSource(Section):
     splits: Annotated[list[Split], Field(min_length=1)]
     """Splits that rows of this source may go to (a row also needs the responses that a split wants)."""
     group: str | None
-    """Regular expression on a row's id; rows with equal first group (translations of one item) share a split."""
+    """Regular expression on a row's id; rows with equal first group (translations of one item) share a split, also
+    those of other sources with the same expression."""
     max_rows: Positive | None
     """Cap, by content hash and not by position; null takes every row."""
     weight: Rate

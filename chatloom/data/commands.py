@@ -129,22 +129,23 @@ def _source(file: str, format: str, lang: str | None) -> DataSource:
 
 def _reports(source: DataSource, params: Path, model: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The reports that `raw_data` and `prepare_data` would write of `source` alone."""
-    values = load_params(params)
-    if not (model / "tokenizer.json").is_file():
-        raise InputError(f"--model {model}: no tokenizer there; `dvc repro base_model` makes models/base")
-    from transformers import AutoTokenizer, GenerationConfig
-
-    from chatloom.data.prepare import prepare
     from chatloom.data.raw import ingest
 
-    stop = GenerationConfig.from_pretrained(model).eos_token_id
-    stop_id = int(stop[0] if isinstance(stop, list) else stop)
+    values = load_params(params)
     with tempfile.TemporaryDirectory() as folder:
-        raw, prepared = Path(folder, "raw"), Path(folder, "prepared")
+        raw = Path(folder, "raw")
         raw.mkdir()
         raw_report = ingest(values.raw_data.model_copy(update={"sources": [source]}), raw)
-        report = prepare(values.prepare_data, raw, AutoTokenizer.from_pretrained(model), stop_id, prepared)
-    return raw_report, report
+        if not (model / "tokenizer.json").is_file():
+            raise InputError(f"--model {model}: no tokenizer there; `dvc repro base_model` makes models/base")
+        from transformers import AutoTokenizer, GenerationConfig
+
+        from chatloom.data.prepare import prepare
+
+        stop = GenerationConfig.from_pretrained(model).eos_token_id
+        stop_id = int(stop[0] if isinstance(stop, list) else stop)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        return raw_report, prepare(values.prepare_data, raw, tokenizer, stop_id, Path(folder, "prepared"))
 
 
 def _tables(raw: dict[str, Any], prepared: dict[str, Any]) -> Iterator[Any]:

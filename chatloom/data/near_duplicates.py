@@ -41,7 +41,7 @@ def _pieces(texts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.uint64
     """
     filled = "".join(text + "\0" * (PIECE - 1) for text in texts)
     characters = np.frombuffer(filled.encode("utf-32-le"), np.uint32).astype(np.uint64)
-    hashes = np.zeros(max(len(characters) - PIECE + 1, 0), np.uint64)
+    hashes: NDArray[np.uint64] = np.zeros(max(len(characters) - PIECE + 1, 0), np.uint64)
     for place in range(PIECE):
         hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + characters[place : place + len(hashes)]
     # A good mixer at the end (splitmix64), since MinHash takes the hash as it is.
@@ -69,7 +69,8 @@ def similar_pairs(found: Signatures, threshold: float) -> NDArray[np.int64]:
         estimated_similarity(found[part[:, 0]], found[part[:, 1]]) >= threshold
         for part in np.array_split(pairs, 1 + len(pairs) // 100_000)
     ]
-    return pairs[np.concatenate(similar)]
+    found_pairs: NDArray[np.int64] = pairs[np.concatenate(similar)]
+    return found_pairs
 
 
 def _agreeing(band: Signatures) -> Iterator[NDArray[np.int64]]:

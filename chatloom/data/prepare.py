@@ -184,8 +184,8 @@ def _without_duplicates(
             detail = f"same prompt and responses as {first.id} ({first.place})"
             tally.dropped.add("duplicate", row.example(detail))
             continue
-        if action != "off":
-            others = [other for key in (row.prompt_key, *near.get(row.prompt_key, ())) for other in kept[key]]
+        others = [other for key in (row.prompt_key, *near.get(row.prompt_key, ())) for other in kept.get(key, ())]
+        if action != "off" and others:
             like = estimated_similarity(answers[others], answers[number]) >= params.cleaning.similarity
             alike = [rows[other] for other, is_like in zip(others, like, strict=True) if is_like]
             alike = [other for other in alike if other.num_responses == row.num_responses]

@@ -332,7 +332,8 @@ def _row(fields: Fields, line: int, report: _FileReport, source: _Source) -> Raw
         file=report.file,
         line=line,
         license=params.license,
-        group=found.group(1) if found else None,
+        # With the pattern: item 7 of one dataset is not item 7 of another.
+        group=f"{params.group} {found.group(1)}" if found else None,
         splits=params.splits,
         weight=params.weight,
     )

@@ -75,7 +75,8 @@ class RawRow:
     line: int
     license: str
     group: str | None
-    """Rows with an equal group (translations of one item) share a split."""
+    """The source's pattern and what it found in the id: rows with an equal group (translations of one item) share a
+    split, also of several sources with one pattern."""
     splits: list[Split]
     """Splits the row may go to."""
     weight: float

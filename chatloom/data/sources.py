@@ -169,9 +169,8 @@ def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
 def _read_jsonl(path: Path, name: str) -> Iterator[Item]:
     decoder = _Decoder()
     for number, line in _lines(path, name):
-        text = line.rstrip(" \t\r\n")
-        if text:
-            yield number, decoder.row(text)
+        if line.strip():
+            yield number, decoder.row(line.rstrip("\r\n"))
 
 
 class _Decoder:
@@ -187,7 +186,7 @@ class _Decoder:
             found, end = self.item(text, _skip_space(text, 0))
         except json.JSONDecodeError as error:
             return RowFault("broken_json", f"not valid JSON: {error.msg} at column {error.colno}")
-        if end < len(text):
+        if (end := _skip_space(text, end)) < len(text):
             return RowFault("broken_json", f"not valid JSON: Extra data at column {end + 1}")
         return found
 

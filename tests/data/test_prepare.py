@@ -171,6 +171,21 @@ def test_group_shares_a_split(prepared: Any, tmp_path: Path) -> None:
     assert all(placed[f"en-{number}"] == placed[f"zh-{number}"] for number in range(200))
 
 
+def test_equal_numbers_under_other_patterns_are_no_group(prepared: Any, tmp_path: Path) -> None:
+    paths = [
+        write_jsonl(
+            tmp_path / f"{name}.jsonl",
+            [{"id": f"{name}-{n}", "instruction": f"{name} {n}?", "output": f"{name}!"} for n in range(40)],
+        )
+        for name in ("one", "other")
+    ]
+    one, other = (source(path.stem, path=str(path), group=f"^{path.stem}-(\\d+)$") for path in paths)
+    _, splits = prepared(one, other)
+    placed = where(splits)
+    assert any(placed[f"one-{n}"] != placed[f"other-{n}"] for n in range(40))
+    assert all(row.cluster == row.id for rows in splits.values() for row in rows)
+
+
 def test_eval_is_capped_by_language_and_the_rest_does_not_train(prepared: Any) -> None:
     chinese = [{"instruction": f"第{n}个问题", "output": f"第{n}个回答"} for n in range(200)]
     rows = [*templated_rows(200), *chinese]

@@ -33,7 +33,7 @@ def test_row_keeps_where_it_came_from(tmp_path: Path, ingested: Ingest) -> None:
             file=str(path),
             line=1,
             license="MIT",
-            group="7",
+            group=r"^\w+-(\d+)$ 7",
             splits=["sft"],
             weight=1,
         )
