@@ -177,7 +177,7 @@ class _Decoder:
     """JSON whose faults are named: `json` alone keeps the last of two equal keys, and says nothing."""
 
     def __init__(self) -> None:
-        self._repeated: str | None = None
+        self._repeated: list[str] = []
         self._json = json.JSONDecoder(object_pairs_hook=self._pairs)
 
     def row(self, text: str) -> Fields | RowFault:
@@ -192,7 +192,7 @@ class _Decoder:
 
     def item(self, text: str, position: int) -> tuple[Fields | RowFault, int]:
         """The object at `position`, and where it ends."""
-        self._repeated = None
+        self._repeated.clear()
         try:
             value, end = self._json.raw_decode(text, position)
         except RecursionError:
@@ -203,14 +203,14 @@ class _Decoder:
             raise json.JSONDecodeError(str(error).split(";")[0], text, position) from None
         if not isinstance(value, dict):
             return RowFault("not_an_object", "expected a JSON object"), end
-        if self._repeated is not None:
-            return RowFault("repeated_key", f"the key {self._repeated!r} stands in one object twice"), end
+        if self._repeated:
+            return RowFault("repeated_key", f"the key {self._repeated[0]!r} stands in one object twice"), end
         return value, end
 
     def _pairs(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            self._repeated = _repeated([key for key, _ in pairs])
+            self._repeated += [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
         return found
 
 

@@ -10,6 +10,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -117,7 +118,7 @@ def draw_frontier(plots: Path) -> Figure | None:
         if points:
             when, kl, scores = zip(*points, strict=True)
             axes.plot(smooth(kl), smooth(scores), color=edge, linewidth=0.9, alpha=0.6, zorder=1)
-            axes.scatter(kl, scores, size, colors.to_rgba(when), marker, edgecolors=edge, zorder=2)
+            axes.scatter(kl, scores, s=size, c=colors.to_rgba(np.array(when)), marker=marker, edgecolors=edge, zorder=2)
             axes.plot([], [], color=edge, linewidth=0.9, marker=marker, markerfacecolor="white", label=name)
     bar = figure.colorbar(colors, ax=axes, ticks=MaxNLocator(6, integer=True), pad=0.02)
     bar.set_label("PPO step", color=SOFT)
