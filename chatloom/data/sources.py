@@ -74,7 +74,18 @@ def locate(source: DataSource, key: str, downloads: Path) -> tuple[list[SourceFi
     if source.url is not None:
         path = download(source.url, str(source.sha256), downloads, f"{key}.url = {source.url!r}")
         return [_source_file(path, source.url)], []
-    paths, skipped = _matches(str(source.path), f"{key}.path = {source.path!r}")
+    return local_files(str(source.path), f"{key}.path = {source.path!r}")
+
+
+def local_files(pattern: str, where: str) -> tuple[list[SourceFile], list[str]]:
+    """The files of a path, a folder or a glob on this machine, and the names of those in the folder that are no data.
+
+    `where` is who named them, for messages.
+
+    Raises:
+        InputError: where there is none, or its kind is not known.
+    """
+    paths, skipped = _matches(pattern, where)
     return [_source_file(path, str(path)) for path in paths], skipped
 
 
@@ -201,6 +212,8 @@ class _Decoder:
             raise
         except ValueError as error:  # a number of thousands of digits
             raise json.JSONDecodeError(str(error).split(";")[0], text, position) from None
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            value = {"messages": value}  # a bare list of messages is a row too
         if not isinstance(value, dict):
             return RowFault("not_an_object", "expected a JSON object"), end
         if self._repeated:

@@ -88,6 +88,13 @@ def test_json_with_one_object_a_line_is_read_as_jsonl(tmp_path: Path) -> None:
     assert read(save(tmp_path / "a.json", '{"a": 1}\n{"a": 2}\n')) == [(1, {"a": 1}), (2, {"a": 2})]
 
 
+def test_a_bare_list_of_messages_is_a_row(tmp_path: Path) -> None:
+    turns = '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]'
+    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    assert read(save(tmp_path / "a.jsonl", f"{turns}\n{turns}\n")) == [(1, row), (2, row)]
+    assert read(save(tmp_path / "a.json", f"[{turns},\n{turns}]")) == [(1, row), (2, row)]
+
+
 def test_empty_json_list_has_no_rows(tmp_path: Path) -> None:
     assert read(save(tmp_path / "a.json", "[ ]")) == []
 
