@@ -1,4 +1,4 @@
-"""The `chatloom` command: serve a registered model, or talk to it in the terminal."""
+"""The `chatloom` command: serve a registered model, talk to it in the terminal, bring in another project's files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from chatloom.serving.engine import Engine, Message
 
 app = typer.Typer(
-    help="Serve the chat model that the pipeline registered, or talk to it; look at data.",
+    help="Serve the chat model that the pipeline registered, or talk to it; look at data, bring ColossalChat's in.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -113,6 +113,36 @@ def chat(
                 typer.echo(f"{error} (or /reset)", err=True)
                 continue
             conversation = [*asked, Message("assistant", answer)]
+
+
+@app.command("import-colossalchat")
+def import_colossalchat(
+    data: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Its data: .jsonl, .json, prompts.csv, or the folders jsonl/ and arrow/ of prepared data."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="New folder for the rows, the chat template and the preset.")] = Path(
+        "data/own/colossalchat"
+    ),
+    template: Annotated[Path | None, typer.Option(help="Its conversation template, a JSON file.")] = None,
+    base_model: Annotated[
+        Path | None, typer.Option(help="Its --pretrain: a checkpoint folder, with the tokenizer the data was made by.")
+    ] = None,
+    lora: Annotated[Path | None, typer.Option(help="Its --lora_config, a JSON file.")] = None,
+    license: Annotated[str, typer.Option(help="Licence of the data, kept in the lineage of every model.")] = "unknown",
+) -> None:
+    """Turn ColossalChat's data, conversation template and LoRA config into rows, a chat template and a preset."""
+    from chatloom.colossalchat.importer import import_colossalchat as run
+
+    with _input_errors():
+        report = run(data or [], out, template=template, base_model=base_model, lora=lora, license=license)
+    for kind, rows in report.rows.items():
+        typer.echo(f"{out / kind}.jsonl: {rows} rows")
+    for reason, found in report.drops.report().items():
+        typer.echo(f"left out, {reason}: {found['rows']} rows, as {found['examples'][0]}", err=True)
+    for note in report.notes:
+        typer.echo(f"note: {note}", err=True)
+    typer.echo(f"{report.preset}: copy it to params/colossalchat.yaml, then: make repro PRESET=colossalchat")
 
 
 def _load(path: Path, device: str) -> Engine:
