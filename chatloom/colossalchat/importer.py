@@ -110,6 +110,7 @@ def _sources(rows: dict[str, int], out: Path, license: str) -> list[dict[str, An
             "splits": splits[kind],
             "group": None,
             "max_rows": None,
+            "weight": 1,
         }
         for kind in KINDS
         if kind in rows
