@@ -1,6 +1,6 @@
 """Data preparation against the plain `datasets.map` recipe, in turn, in one run, and over sizes: `make bench-data`.
 
-    python -m bench.data --rows ../shared/data/instructions_104k.jsonl.gz
+    python -m bench.data --rows instructions.jsonl.gz
 
 Both sides read the same file and write what training reads. Ours also cleans, finds near-duplicates, splits and checks
 for leaks. Time is of the whole process, imports included; memory is the largest sum of its processes' resident sets.
