@@ -23,21 +23,21 @@ def conversation(fields: Fields, template: Template | None) -> Conversation:
         RowFault: where the row holds neither.
     """
     keys = {key for key, value in fields.items() if value is not None}
-    if {"context", "chosen", "rejected"} <= keys:
+    format = detect_format([fields])
+    if format == "preference" and "context" in keys:
         sides = {side: _turns(fields[side]) for side in ("chosen", "rejected")}
-        return convert({"context": _merged(_turns(fields["context"])), **sides}, "preference")
-    if "messages" in keys:
+        return convert({"context": _merged(_turns(fields["context"])), **sides}, format)
+    if format == "messages":
         return _of_messages(fields)
+    if format is not None:
+        return convert(fields, format)
     if {"prompt", "completion", "label"} <= keys:
         return _of_completion(fields, template)
     if "chosen_input_ids" in keys:
         return tokens.preference(fields, _needed(template))
     if "input_ids" in keys:
         return (tokens.instruction if "labels" in keys else tokens.prompt)(fields, _needed(template))
-    format = detect_format([fields])
-    if format is None:
-        raise RowFault("unknown_schema", f"its keys are {', '.join(sorted(fields))}: none of ColossalChat's formats")
-    return convert(fields, format)
+    raise RowFault("unknown_schema", f"its keys are {', '.join(sorted(fields))}: none of ColossalChat's formats")
 
 
 def _of_messages(fields: Fields) -> Conversation:

@@ -64,6 +64,9 @@ def turns(*contents: str) -> list[dict[str, str]]:
             {"context": [human("Hi")], "chosen": assistant("good"), "rejected": assistant("bad")},
             Conversation(turns("Hi"), ["good", "bad"]),
         ),
+        # Not its own, but not to be taken for prompts either.
+        ({"messages": [human("Hi")], "chosen": "good", "rejected": "bad"}, Conversation(turns("Hi"), ["good", "bad"])),
+        ({"messages": [human("Hi")], "responses": ["best", "worst"]}, Conversation(turns("Hi"), ["best", "worst"])),
         (
             {"prompt": [human("Hi")], "completion": assistant("Hello"), "label": True},
             Conversation(turns("Hi"), ["Hello"]),
