@@ -71,7 +71,7 @@ TITLES = {
     "train_sft": "Supervised fine-tuning",
     "train_reward": "Reward model",
     "train_ppo": "PPO",
-    "frontier": "Reward against KL",
+    "frontier": "Reward against KL: where rollouts gain and held-out answers do not, the reward model is exploited",
 }
 
 
