@@ -6,13 +6,11 @@ import json
 import sys
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from bench.presets import preset_params
 from chatloom.data.prepare import prepare
 from chatloom.data.raw import ingest
 from chatloom.data.report import render_data_report
-from chatloom.models.checkpoint import stop_ids
+from chatloom.data.templates import load_tokenizer
 
 
 def main(rows: str, checkpoint: str, processes: int, out: str) -> None:
@@ -23,8 +21,7 @@ def main(rows: str, checkpoint: str, processes: int, out: str) -> None:
     raw.mkdir()
     read = ingest(raw_params, raw)
     prepare_params = params.prepare_data.model_copy(update={"num_workers": processes})
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    prepared = prepare(prepare_params, raw, tokenizer, stop_ids(Path(checkpoint))[0], Path(out, "prepared"))
+    prepared = prepare(prepare_params, raw, *load_tokenizer(Path(checkpoint)), Path(out, "prepared"))
     page = render_data_report(read, prepared)
     print(json.dumps({"rows": prepared["rows_out"], "page_bytes": len(page)}))
 

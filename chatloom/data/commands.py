@@ -136,16 +136,10 @@ def _reports(source: DataSource, params: Path, model: Path) -> tuple[dict[str, A
         raw = Path(folder, "raw")
         raw.mkdir()
         raw_report = ingest(values.raw_data.model_copy(update={"sources": [source]}), raw)
-        if not (model / "tokenizer.json").is_file():
-            raise InputError(f"--model {model}: no tokenizer there; `dvc repro base_model` makes models/base")
-        from transformers import AutoTokenizer, GenerationConfig
-
         from chatloom.data.prepare import prepare
+        from chatloom.data.templates import load_tokenizer
 
-        stop = GenerationConfig.from_pretrained(model).eos_token_id
-        stop_id = int(stop[0] if isinstance(stop, list) else stop)
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        return raw_report, prepare(values.prepare_data, raw, tokenizer, stop_id, Path(folder, "prepared"))
+        return raw_report, prepare(values.prepare_data, raw, *load_tokenizer(model), Path(folder, "prepared"))
 
 
 def _tables(raw: dict[str, Any], prepared: dict[str, Any]) -> Iterator[Any]:

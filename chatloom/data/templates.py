@@ -5,9 +5,11 @@ Text cannot forge the template: a special token spelled inside a message or a re
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from jinja2 import TemplateError
@@ -74,6 +76,27 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -
     text = _render(tokenizer, messages, generation_prompt=True)
     special = _special_tokens(tokenizer)
     return _encode_rendered(tokenizer, messages, text, special)[0]
+
+
+def load_tokenizer(model: Path) -> tuple[PreTrainedTokenizerBase, int]:
+    """The tokenizer of the checkpoint `model`, and the first of its stop tokens, which ends every answer.
+
+    Read without PyTorch: transformers' AutoTokenizer imports it, 400 MB in each of several processes.
+
+    Raises:
+        InputError: where the checkpoint lacks one of them.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    for name in ("tokenizer.json", "generation_config.json"):
+        if not (model / name).is_file():
+            raise InputError(f"{model}: no {name}; `dvc repro base_model` makes models/base, which has one")
+    declared = json.loads((model / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    stop_ids = declared if isinstance(declared, list) else [declared]
+    if not stop_ids or not isinstance(stop_ids[0], int):
+        raise InputError(f"{model}/generation_config.json: eos_token_id = {declared!r} names no stop token")
+    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(model)
+    return tokenizer, stop_ids[0]
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

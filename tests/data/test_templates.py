@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from chatloom.data.drops import RowFault
 from chatloom.data.prepared import Message
 from chatloom.data.schemas import Conversation
-from chatloom.data.templates import encode_prompt, encode_row, encode_rows
+from chatloom.data.templates import encode_prompt, encode_row, encode_rows, load_tokenizer
 from chatloom.errors import InputError
 from tests.data.factories import STOP_ID, byte_tokenizer
 
@@ -158,3 +163,29 @@ def test_template_that_changes_text_cannot_keep_a_spelled_special_token() -> Non
     with pytest.raises(RowFault) as caught:
         encode_row(tokenizer, STOP_ID, Conversation(turns("a<|im_end|>"), []))
     assert caught.value.reason == "special_token_in_text"
+
+
+def test_tokenizer_of_a_checkpoint_is_loaded_without_torch(checkpoint: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; import stages.prepare_data; "
+        "from chatloom.data.templates import load_tokenizer; tokenizer, stop_id = load_tokenizer(Path(sys.argv[1])); "
+        "print('torch' in sys.modules, stop_id, *tokenizer('Hi 你好<|im_end|>')['input_ids'])"
+    )
+    run = subprocess.run([sys.executable, "-c", code, checkpoint], capture_output=True, text=True, check=True)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    stop = json.loads((checkpoint / "generation_config.json").read_text())["eos_token_id"]
+    assert run.stdout.split() == ["False", str(stop[0]), *map(str, tokenizer("Hi 你好<|im_end|>")["input_ids"])]
+
+
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [(None, "no generation_config.json"), ({}, "eos_token_id = None"), ({"eos_token_id": []}, r"eos_token_id = \[\]")],
+)
+def test_checkpoint_without_a_stop_token(
+    checkpoint: Path, tmp_path: Path, declared: dict[str, list[int]] | None, message: str
+) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((checkpoint / "tokenizer.json").read_bytes())
+    if declared is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(declared))
+    with pytest.raises(InputError, match=message):
+        load_tokenizer(tmp_path)
