@@ -195,6 +195,9 @@ def _without_duplicates(
                     tally.dropped.add("near_duplicate", row.example(detail))
                     continue
                 tally.noticed.add("near_duplicate", row.example(detail))
+        if same := kept.get(row.prompt_key):
+            first = rows[same[0]]
+            tally.noticed.add("repeated_question", row.example(f"the question of {first.id} ({first.place})"))
         kept[row.prompt_key].append(number)
         yield row
 

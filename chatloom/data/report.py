@@ -33,6 +33,7 @@ STEPS = {
     "role_order": "turns out of order",
     "duplicate": "exact duplicates",
     "near_duplicate": "near-duplicates",
+    "repeated_question": "questions asked again, with another answer",
     "leak": "on both sides of training and eval",
     "prompt_too_long": "questions too long",
     "response_too_long": "answers too long",

@@ -293,6 +293,19 @@ def test_near_duplicates_are_dropped_and_other_answers_stay(prepared: Any) -> No
     assert report["noticed"]["near_duplicate"]["rows"] == 1
 
 
+def test_questions_asked_again_are_noticed(prepared: Any) -> None:
+    rows = [
+        {"id": "one", "instruction": "What is a keeper?", "output": "Someone who keeps."},
+        {"id": "again", "instruction": "what is a  keeper?", "output": "A goalkeeper."},
+        {"id": "more", "instruction": "What is a keeper?", "output": "One more."},
+        {"id": "equal", "instruction": "What is a keeper?", "output": "One more."},
+    ]
+    report, splits = prepared(rows=rows)
+    assert sorted(where(splits)) == ["again", "more", "one"]
+    assert report["noticed"]["repeated_question"]["rows"] == 2
+    assert "the question of one" in report["noticed"]["repeated_question"]["examples"][0]
+
+
 def test_no_near_duplicate_of_an_eval_question_is_trained_on(prepared: Any) -> None:
     subjects = [
         "rivers",
