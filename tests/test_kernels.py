@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from chatloom import kernels
 from chatloom.models.attention import packed_attention
+from chatloom.models.llama_decoder import LlamaDecoder
 from chatloom.models.norm import scale_to_unit, use_kernels
 
 pytestmark = pytest.mark.skipif(kernels.compiled("norm") is None, reason="no C compiler: nothing to compare")
@@ -18,6 +20,11 @@ pytestmark = pytest.mark.skipif(kernels.compiled("norm") is None, reason="no C c
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+needs_matrix_instructions = pytest.mark.skipif(
+    kernels.linear_library(torch.empty(16, 32, dtype=torch.bfloat16)) is None, reason="a processor without AMX"
+)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -108,6 +115,80 @@ def test_a_row_attends_to_all_of_itself_and_to_nothing_else() -> None:
             expected = scores.softmax(0) @ values[:, head // group]
             assert relative_error(found[row].unflatten(0, (-1, size))[head], expected) < 2**-7
     assert torch.equal(cache[3], before[3])
+
+
+@needs_matrix_instructions
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 32, 33, 70])
+@pytest.mark.parametrize(("inputs", "outputs"), [(32, 16), (96, 61), (64, 96), (576, 33)])
+def test_products_are_those_of_float64(rows: int, inputs: int, outputs: int) -> None:
+    """One rounding to bfloat16, where blocks of rows and of outputs are full and where they are not."""
+    x, weight, bias, gate = (
+        numbers(*shape, seed=i)
+        for i, shape in enumerate([(rows, inputs), (outputs, inputs), (outputs,), (outputs, inputs)])
+    )
+    gate /= 8  # where silu bends
+    library = kernels.linear_library(weight)
+    assert library is not None
+    expected = x.double() @ weight.double().T
+    assert relative_error(kernels.linear(library, x, weight), expected) < 2**-8
+    assert relative_error(kernels.linear(library, x, weight, bias=bias), expected + bias.double()) < 2**-8
+    gated = F.silu(x.double() @ gate.double().T) * expected
+    assert relative_error(kernels.linear(library, x, weight, gate=gate), gated) < 2**-8
+
+
+@needs_matrix_instructions
+def test_a_product_depends_on_neither_threads_nor_other_rows() -> None:
+    x, weight, gate = numbers(40, 96), numbers(100, 96, seed=1), numbers(100, 96, seed=2)
+    library = kernels.linear_library(weight)
+    assert library is not None
+    before = torch.get_num_threads()
+    for other in (None, gate):
+        together = kernels.linear(library, x, weight, gate=other)
+        torch.set_num_threads(1 if before > 1 else 2)
+        again = kernels.linear(library, x, weight, gate=other)
+        torch.set_num_threads(before)
+        assert torch.equal(again, together)
+        for row in (0, 17, 39):
+            assert torch.equal(kernels.linear(library, x[row : row + 1], weight, gate=other)[0], together[row])
+
+
+@needs_matrix_instructions
+def test_what_is_not_finite_stays_in_its_row() -> None:
+    x, weight = numbers(3, 32), numbers(20, 32, seed=1)
+    x[1, 5], x[2] = math.nan, 300.0
+    gate = torch.full_like(weight, -1.0)
+    library = kernels.linear_library(weight)
+    assert library is not None
+    for other in (None, gate):
+        product = kernels.linear(library, x, weight, gate=other)
+        assert product[1].isnan().all()
+        assert product[[0, 2]].isfinite().all()
+    assert kernels.linear(library, x, weight, gate=gate)[2].abs().max() < 1e-20  # silu(-9600) is 0
+
+
+def test_products_that_no_kernel_is_for_are_pytorchs() -> None:
+    for weight in (torch.empty(16, 32), numbers(16, 40), numbers(15, 32)):
+        assert kernels.linear_library(weight) is None
+
+
+@needs_matrix_instructions
+def test_decoding_with_the_kernel_is_decoding_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As near as bfloat16 lets two orders of a sum be; beyond LINEAR_ROWS, and at one token a row."""
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).eval().bfloat16()
+    prompts = [[5, 6, 7], [8] * (kernels.LINEAR_ROWS + 1)]
+    with_kernel = LlamaDecoder(model, 2, snapshot=True)
+    found = with_kernel.extend([], prompts), with_kernel.extend([9, 10], [])
+    asked: list[Tensor] = []
+    monkeypatch.setattr(kernels, "linear_library", asked.append)
+    without = LlamaDecoder(model, 2, snapshot=True)
+    assert len(asked) == 2 * 4 + 1
+    for logits, expected in zip(found, (without.extend([], prompts), without.extend([9, 10], [])), strict=True):
+        assert 0 < relative_error(logits, expected) < 2**-6
 
 
 def test_not_a_number_is_not_lost() -> None:

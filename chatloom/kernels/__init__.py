@@ -34,6 +34,8 @@ FLAGS = [
 if platform.machine() == "x86_64":
     FLAGS.append("-mprefer-vector-width=512")
 LANES = 16
+LINEAR_ROWS = 256
+"""`linear` is for this many: with more rows the weights' memory no longer counts, and oneDNN is faster."""
 SHARES = 16
 """Parts that sums over rows are made in: fixed, so that results do not depend on the number of threads."""
 OFF = "CHATLOOM_KERNELS"
@@ -75,6 +77,14 @@ def norm_library(x: Tensor) -> ctypes.CDLL | None:
 def attention_library(x: Tensor, head_size: int, group: int) -> ctypes.CDLL | None:
     """For `attend_rows` and `attention_backward` on tensors like `x`: `group` query heads share a key head."""
     return compiled("attention", HEAD=head_size, GROUP=group) if _fits(x) and head_size % LANES == 0 else None
+
+
+def linear_library(weight: Tensor) -> ctypes.CDLL | None:
+    """For `linear` with a weight (outputs, inputs), on processors with AMX."""
+    if not _fits(weight) or weight.shape[0] < LANES or weight.shape[1] % (2 * LANES):
+        return None
+    library = compiled("linear")
+    return library if library is not None and library.linear_works() else None
 
 
 def rms_norm(library: ctypes.CDLL, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -148,6 +158,22 @@ def attention_backward(
         raise MemoryError(f"no memory for the attention gradient of {max(lengths)} tokens")
     query, key, value = gradients
     return query, key, value
+
+
+def linear(
+    library: ctypes.CDLL, x: Tensor, weight: Tensor, *, bias: Tensor | None = None, gate: Tensor | None = None
+) -> Tensor:
+    """x W^T + bias, or silu(x gate^T) * x W^T, of x (rows, inputs), any number of them: (rows, outputs).
+
+    A row's result has the same bits whatever rows are beside it.
+    """
+    rows, (outputs, inputs) = len(x), weight.shape
+    x, y = x.contiguous(), x.new_empty(rows, outputs)
+    tiles = x.new_empty(-(-rows // LANES) * LANES, inputs)
+    optional = [None if tensor is None else _pointers(tensor)[0] for tensor in (gate, bias)]
+    counts = (ctypes.c_int64(value) for value in (rows, inputs, outputs))
+    library.linear(*_pointers(x, weight), *optional, *_pointers(y, tiles), *counts)
+    return y
 
 
 def _fits(x: Tensor) -> bool:

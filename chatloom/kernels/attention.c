@@ -13,32 +13,6 @@
 #define AHEAD 8  // positions of the cache that are on their way from memory
 #define ROWS 8  // queries that share what is loaded of a key
 
-static inline Vector choose(Integers condition, Vector yes, Vector no) {
-    Integers a, b;
-    memcpy(&a, &yes, sizeof a);
-    memcpy(&b, &no, sizeof b);
-    Integers bits = (condition & a) | (~condition & b);
-    Vector values;
-    memcpy(&values, &bits, sizeof values);
-    return values;
-}
-
-// e^x = 2^n e^r with |r| <= ln(2) / 2, e^r by its Taylor series: within 2e-7 of it; 0 below -87, NaN stays NaN.
-static inline Vector exponential(Vector x) {
-    Vector low = (Vector){} - 87.0f, high = (Vector){} + 88.0f;
-    Integers underflow = x < low;
-    x = choose(x > high, high, choose(underflow, low, x));
-    Vector scaled = x * 1.44269504f;
-    Integers n = __builtin_convertvector(scaled + choose(scaled < 0, (Vector){} - 0.5f, (Vector){} + 0.5f), Integers);
-    Vector whole = __builtin_convertvector(n, Vector);
-    Vector r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    Vector series = 1 + r * (1 + r * (1.0f / 2 + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r / 720)))));
-    Integers bits = (n + 127) << 23;
-    Vector power;
-    memcpy(&power, &bits, sizeof power);
-    return choose(underflow, (Vector){}, series * power);
-}
-
 // Rotary positions (Su 2021) of one head, in float32, rounded once; the sine has its sign.
 static inline void rotate(const bf16 *from, const bf16 *cosine, const bf16 *sine, Vector *to) {
     for (int part = 0; part < PARTS; part++) {

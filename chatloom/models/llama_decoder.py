@@ -10,6 +10,7 @@ n rows under way, T tokens of a pass, H hidden size, D head size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from ctypes import CDLL
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +49,7 @@ class LlamaDecoder:
         """
         Args:
             num_rows: sequences at once, at most.
-            snapshot: copy the weights into the layout that is fastest on a CPU. It pays from a few dozen steps on,
+            snapshot: copy the weights, into the layout that is fastest on a CPU. It pays from a few dozen steps on,
                 takes their memory a second time, and later changes to the model are not seen. Without it the model's
                 own layers are called.
         """
@@ -188,6 +189,10 @@ def _adapter(layer: Any, base: nn.Linear) -> tuple[Tensor, Tensor]:
 
 
 def _gated(gate: Any, up: Any, linear: Callable[[Sequence[nn.Module]], Linear]) -> Linear:
+    plain = linear is _copied and type(gate) is type(up) is nn.Linear and gate.bias is None and up.bias is None
+    library = kernels.linear_library(gate.weight) if plain else None
+    if library is not None:
+        return _kernel_gated(library, gate.weight.detach().clone(), up.weight.detach().clone())
     if linear is _copied and type(gate) is type(up) is nn.Linear and _has_blocks(gate.weight):
         # oneDNN applies silu, and then the other factor, to results that are still float32 and in its registers.
         silu, times = torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._linear_pointwise.binary
@@ -202,8 +207,24 @@ def _gated(gate: Any, up: Any, linear: Callable[[Sequence[nn.Module]], Linear]) 
     return gated
 
 
+def _kernel_gated(library: CDLL, gate: Tensor, up: Tensor) -> Linear:
+    def gated(states: Tensor) -> Tensor:
+        if len(states) <= kernels.LINEAR_ROWS:
+            return kernels.linear(library, states, up, gate=gate)
+        return F.silu(F.linear(states, gate)) * F.linear(states, up)
+
+    return gated
+
+
 def _product(weight: Tensor, bias: Tensor | None) -> Linear:
     """x W^T + b"""
+    library = kernels.linear_library(weight)
+    if library is not None:
+        return lambda states: (
+            kernels.linear(library, states, weight, bias=bias)
+            if len(states) <= kernels.LINEAR_ROWS
+            else F.linear(states, weight, bias)
+        )
     if not _has_blocks(weight):
         return lambda states: F.linear(states, weight, bias)
     blocked, multiply = _blocked(weight), torch.ops.mkldnn._linear_pointwise.default
