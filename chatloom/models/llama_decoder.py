@@ -108,12 +108,12 @@ class LlamaDecoder:
             parts += self._attend_prompts(layer, states[n:count], [part[n:] for part in rotation], step)
         if count < len(states):
             parts.append(states.new_zeros(len(states) - count, parts[0].shape[1]))
-        return torch.cat(parts)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _attend_rows(self, layer: int, states: Tensor, rotation: Sequence[Tensor], step: Pass) -> Tensor:
         """One token of each row: it attends to all of its row that is in the cache, and to itself."""
         if self._kernels is not None:
-            cosine, sine = (part[:, 0].contiguous() for part in rotation)
+            cosine, sine = (part.squeeze(1) for part in rotation)
             scale = cosine.shape[-1] ** -0.5
             return kernels.attend_rows(
                 self._kernels, states, cosine, sine, self._cache.layer(layer), step.row_lengths, scale
@@ -189,7 +189,7 @@ def _adapter(layer: Any, base: nn.Linear) -> tuple[Tensor, Tensor]:
 
 
 def _gated(gate: Any, up: Any, linear: Callable[[Sequence[nn.Module]], Linear]) -> Linear:
-    plain = linear is _copied and type(gate) is type(up) is nn.Linear and gate.bias is None and up.bias is None
+    plain = linear is _copied and all(type(layer) is nn.Linear and layer.bias is None for layer in (gate, up))
     library = kernels.linear_library(gate.weight) if plain else None
     if library is not None:
         return _kernel_gated(library, gate.weight.detach().clone(), up.weight.detach().clone())

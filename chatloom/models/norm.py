@@ -18,6 +18,8 @@ def scale_to_unit(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     library = kernels.norm_library(hidden)
     if library is None:
         return F.rms_norm(hidden, weight.shape, weight, epsilon)
+    if not torch.is_grad_enabled():
+        return kernels.rms_norm(library, hidden, weight, epsilon)[0]
     return cast(Tensor, _KernelNorm.apply(hidden, weight, epsilon, library))
 
 
