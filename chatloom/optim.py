@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from ctypes import CDLL
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from chatloom import kernels
 from chatloom.config import Optimizer
 from chatloom.errors import InputError
 
@@ -23,16 +25,16 @@ class ParameterGroup:
 class MasterAdamW:
     """AdamW on float32 copies of parameters of any precision (Micikevicius 2017).
 
-    A bfloat16 weight has 8 bits: an update of 1e-5 of it would round away. So each parameter's gradient is added to a
-    float32 gradient as soon as the backward pass made it (which also makes accumulation exact to float32 rounding),
-    the step is taken there, and the result is rounded back.
+    A bfloat16 weight has 8 bits: an update of 1e-5 of it would round away. So the step is taken in float32 and the
+    result rounded. A gradient stays as the backward pass made it while it is the only one of its step; from the second
+    on they are added up in float32 as soon as they are there, so that accumulation is exact to float32 rounding.
     """
 
     def __init__(self, groups: Iterable[ParameterGroup], params: Optimizer) -> None:
         self.params = params
         self._pairs: list[tuple[nn.Parameter, Tensor]] = []
-        self._has_gradient: set[nn.Parameter] = set()
-        """Since the last step; what a master's gradient holds otherwise is of the step before."""
+        self._gradients: dict[nn.Parameter, Tensor] = {}
+        """Of the step that is under way."""
         master_groups = []
         for group in groups:
             masters = [self._master(parameter) for parameter in group.parameters]
@@ -41,21 +43,24 @@ class MasterAdamW:
         self.adamw = torch.optim.AdamW(
             master_groups, betas=(0.9, 0.95), eps=params.adam_eps, weight_decay=params.weight_decay, fused=True
         )
+        for _, master in self._pairs:  # as AdamW would make them itself in its first step
+            moments = {"exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
+            self.adamw.state[master] = {"step": torch.zeros((), device=master.device), **moments}
+        # One bfloat16 parameter is enough: the kernel takes the float32 ones of a head as well.
+        libraries = (kernels.adamw_library(parameter) for parameter, _ in self._pairs)
+        self._library = next((library for library in libraries if library is not None), None)
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
-        master = parameter.detach().to(torch.float32, copy=True)
-        master.grad = torch.zeros_like(master)
-
-        def move_gradient(parameter: nn.Parameter, master: Tensor = master) -> None:
+        def take_gradient(parameter: nn.Parameter) -> None:
             assert parameter.grad is not None
-            if parameter in self._has_gradient:
-                _gradient(master).add_(parameter.grad)
-            else:  # over the old one, which so need not be cleared first
-                _gradient(master).copy_(parameter.grad)
-                self._has_gradient.add(parameter)
+            if parameter in self._gradients:
+                self._gradients[parameter] = self._gradients[parameter].float().add_(parameter.grad)
+            else:
+                self._gradients[parameter] = parameter.grad
             parameter.grad = None
 
-        parameter.register_post_accumulate_grad_hook(move_gradient)
+        parameter.register_post_accumulate_grad_hook(take_gradient)
+        master = parameter.detach().to(torch.float32, copy=True)
         self._pairs.append((parameter, master))
         return master
 
@@ -69,21 +74,50 @@ class MasterAdamW:
         Raises:
             InputError: where a gradient is not finite; no weight has changed then.
         """
-        for parameter, master in self._pairs:
-            if parameter not in self._has_gradient:
-                _gradient(master).zero_()
-        masters = [master for _, master in self._pairs]
-        norm = torch.nn.utils.get_total_norm([_gradient(master) for master in masters])
-        require_finite(norm, stage, step, what="gradient norm")
-        if norm > self.params.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(masters, self.params.max_grad_norm, norm)
+        for parameter, _ in self._pairs:
+            if parameter not in self._gradients:
+                self._gradients[parameter] = torch.zeros_like(parameter)
         for group in self.adamw.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor
-        self.adamw.step()
-        for parameter, master in self._pairs:
-            parameter.copy_(master)
-        self._has_gradient.clear()
+        if self._library is not None:
+            norm = kernels.gradient_norm(self._library, list(self._gradients.values()))
+            require_finite(norm, stage, step, what="gradient norm")
+            self._step_by_kernel(self._library, min(1.0, self.params.max_grad_norm / (float(norm) + 1e-6)))
+        else:
+            masters = [master for _, master in self._pairs]
+            for parameter, master in self._pairs:
+                master.grad = self._gradients.pop(parameter).float()
+            norm = torch.nn.utils.get_total_norm([master.grad for master in masters if master.grad is not None])
+            require_finite(norm, stage, step, what="gradient norm")
+            if norm > self.params.max_grad_norm:
+                torch.nn.utils.clip_grads_with_norm_(masters, self.params.max_grad_norm, norm)
+            self.adamw.step()
+            self.adamw.zero_grad()
+            for parameter, master in self._pairs:
+                parameter.copy_(master)
         return float(norm)
+
+    def _step_by_kernel(self, library: CDLL, clip: float) -> None:
+        """What `self.adamw` would do to masters whose gradients are those of the parameters times `clip`."""
+        parameters = {master: parameter for parameter, master in self._pairs}
+        for group in self.adamw.param_groups:
+            beta1, beta2 = group["betas"]
+            for master in group["params"]:
+                moments = self.adamw.state[master]
+                moments["step"] += 1
+                taken = float(moments["step"])
+                rates = (
+                    clip,
+                    group["lr"] / (1 - beta1**taken),
+                    group["lr"] * group["weight_decay"],
+                    beta1,
+                    beta2,
+                    group["eps"],
+                    1 / math.sqrt(1 - beta2**taken),
+                )
+                both = (moments["exp_avg"], moments["exp_avg_sq"])
+                parameter = parameters[master]
+                kernels.adamw(library, parameter, self._gradients.pop(parameter), master, both, rates)
 
     def state_dict(self) -> dict[str, Any]:
         """Masters, moments and step counts in the order of the parameters: the tensors themselves, not copies."""
@@ -97,11 +131,6 @@ class MasterAdamW:
             parameter.copy_(master)
         moments = {i: {name: value.clone() for name, value in own.items()} for i, own in state["moments"].items()}
         self.adamw.load_state_dict({"state": moments, "param_groups": self.adamw.state_dict()["param_groups"]})
-
-
-def _gradient(master: Tensor) -> Tensor:
-    assert master.grad is not None
-    return master.grad
 
 
 def lr_factor(step: int, num_steps: int, params: Optimizer) -> float:

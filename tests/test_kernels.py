@@ -2,18 +2,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from chatloom import kernels
+from chatloom.config import Optimizer
 from chatloom.models.attention import packed_attention
 from chatloom.models.llama_decoder import LlamaDecoder
 from chatloom.models.norm import scale_to_unit, use_kernels
+from chatloom.optim import MasterAdamW, ParameterGroup
 
 pytestmark = pytest.mark.skipif(kernels.compiled("norm") is None, reason="no C compiler: nothing to compare")
 
@@ -189,6 +192,76 @@ def test_decoding_with_the_kernel_is_decoding_without(monkeypatch: pytest.Monkey
     assert len(asked) == 2 * 4 + 1
     for logits, expected in zip(found, (without.extend([], prompts), without.extend([9, 10], [])), strict=True):
         assert 0 < relative_error(logits, expected) < 2**-6
+
+
+def adamw_steps(optimizer: Optimizer, gradients: list[tuple[Tensor, Tensor]], state: Any = None) -> tuple[Any, Any]:
+    """Norms and the state after one step with each pair of gradients, of a bfloat16 matrix and a float32 number."""
+    weights = [nn.Parameter(numbers(40, 1001)), nn.Parameter(torch.tensor(0.5))]
+    adam = MasterAdamW([ParameterGroup(weights[:1], 1e-3), ParameterGroup(weights[1:], 1e-2)], optimizer)
+    if state is not None:
+        adam.load_state_dict(state)
+    norms = []
+    for pair in gradients:
+        sum((weight * gradient).sum() for weight, gradient in zip(weights, pair, strict=True)).backward()
+        norms.append(adam.step(0.5, "train_sft", 1))
+    assert torch.equal(weights[0], adam.state_dict()["masters"][0].bfloat16())
+    assert torch.equal(weights[1], adam.state_dict()["masters"][1])
+    return norms, adam.state_dict()
+
+
+GRADIENTS = [(numbers(40, 1001, seed=seed) / 10, numbers(1, seed=seed)[0].float()) for seed in (1, 2, 3)]
+
+
+def decaying(optimizer: Optimizer) -> Optimizer:
+    return optimizer.model_copy(update={"weight_decay": 0.1, "max_grad_norm": 5.0})
+
+
+def test_adamw_and_clipping_are_those_of_float64(optimizer: Optimizer) -> None:
+    weights = [nn.Parameter(numbers(40, 1001).double()), nn.Parameter(torch.tensor(0.5).double())]
+    groups = [{"params": weights[:1], "lr": 0.5e-3}, {"params": weights[1:], "lr": 0.5e-2}]
+    exact = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=optimizer.adam_eps, weight_decay=0.1)
+    expected = []
+    for pair in GRADIENTS:
+        for weight, gradient in zip(weights, pair, strict=True):
+            weight.grad = gradient.double()
+        expected.append(float(nn.utils.clip_grad_norm_(weights, 5.0)))
+        exact.step()
+    assert min(expected) > 15, "clipped"
+
+    norms, state = adamw_steps(decaying(optimizer), GRADIENTS)
+    assert norms == pytest.approx(expected, rel=1e-6)
+    for master, weight in zip(state["masters"], weights, strict=True):
+        torch.testing.assert_close(master.double(), weight.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_pytorch_goes_on_where_the_kernel_stopped(optimizer: Optimizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, expected = adamw_steps(decaying(optimizer), GRADIENTS)
+    _, state = adamw_steps(decaying(optimizer), GRADIENTS[:1])
+    monkeypatch.setattr(kernels, "compiled", lambda *_, **__: None)
+    _, found = adamw_steps(decaying(optimizer), GRADIENTS[1:], state)
+    for one, other in zip(found["masters"], expected["masters"], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    assert float(found["moments"][0]["step"]) == float(expected["moments"][0]["step"]) == 3
+
+
+def test_gradients_of_microbatches_are_added_in_float32(optimizer: Optimizer) -> None:
+    """1 + 2^-10 is no bfloat16 number."""
+    weight = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    adam = MasterAdamW([ParameterGroup([weight], 1e-3)], optimizer)
+    for part in (1.0, 2.0**-11, 2.0**-11):
+        (weight * part).sum().backward()
+    assert adam.step(1.0, "train_sft", 1) == 1 + 2.0**-10
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_steps_do_not_depend_on_the_number_of_threads(threads: int, optimizer: Optimizer) -> None:
+    norms, state = adamw_steps(optimizer, GRADIENTS)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    again, other = adamw_steps(optimizer, GRADIENTS)
+    torch.set_num_threads(before)
+    assert again == norms
+    assert torch.equal(state["masters"][0], other["masters"][0])
 
 
 def test_not_a_number_is_not_lost() -> None:

@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -38,6 +39,8 @@ LINEAR_ROWS = 256
 """`linear` is for this many: with more rows the weights' memory no longer counts, and oneDNN is faster."""
 SHARES = 16
 """Parts that sums over rows are made in: fixed, so that results do not depend on the number of threads."""
+ADAMW_BLOCK = 2048
+"""Numbers whose squares make one sum, as in adamw.c."""
 OFF = "CHATLOOM_KERNELS"
 """Environment variable; 0 computes everything with PyTorch."""
 
@@ -87,6 +90,11 @@ def linear_library(weight: Tensor) -> ctypes.CDLL | None:
     return library if library is not None and library.linear_works() else None
 
 
+def adamw_library(x: Tensor) -> ctypes.CDLL | None:
+    """For `gradient_norm` and `adamw` of models that have parameters like `x`."""
+    return compiled("adamw") if _fits(x) else None
+
+
 def rms_norm(library: ctypes.CDLL, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """weight * x / rms(x) like x (..., H), and 1 / rms(x) (...) in float32."""
     x = x.contiguous()
@@ -107,6 +115,42 @@ def rms_norm_backward(
     counts = (ctypes.c_int64(value) for value in (scale.numel(), x.shape[-1], SHARES))
     library.rms_norm_backward(*_pointers(upstream, x, weight, scale, x_grad, weight_grads), *counts)
     return x_grad, weight_grads.sum(0)
+
+
+def gradient_norm(library: ctypes.CDLL, gradients: Sequence[Tensor]) -> Tensor:
+    """() float64 norm of all of them together; each is bfloat16 or float32."""
+    total = torch.zeros((), dtype=torch.float64)
+    for gradient in gradients:
+        sums = torch.empty(-(-gradient.numel() // ADAMW_BLOCK))
+        numbers, results = _pointers(gradient, sums)
+        library.squares(numbers, _is_half(gradient), results, ctypes.c_int64(gradient.numel()))
+        total += sums.sum(dtype=torch.float64)
+    return total.sqrt()
+
+
+def adamw(
+    library: ctypes.CDLL,
+    parameter: Tensor,
+    gradient: Tensor,
+    master: Tensor,
+    moments: tuple[Tensor, Tensor],
+    rates: tuple[float, ...],
+) -> None:
+    """One step of AdamW on a float32 master and its moments, rounded into the parameter.
+
+    Args:
+        gradient: bfloat16 or float32.
+        rates: the factor that clips the gradient, the learning rate over the mean's correction, learning rate * weight
+            decay, both betas, epsilon, 1 / the root of the variance's correction.
+    """
+    rounded = parameter if parameter.dtype == torch.bfloat16 else None
+    grads, weights, means, variances = _pointers(gradient, master, *moments)
+    result = None if rounded is None else _pointers(rounded)[0]
+    floats = (ctypes.c_float(rate) for rate in rates)
+    count = ctypes.c_int64(master.numel())
+    library.adamw(grads, _is_half(gradient), weights, means, variances, result, count, *floats)
+    if rounded is None:
+        parameter.copy_(master)
 
 
 def attend_rows(
@@ -178,6 +222,10 @@ def linear(
 
 def _fits(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.bfloat16
+
+
+def _is_half(x: Tensor) -> ctypes.c_int:
+    return ctypes.c_int(x.dtype == torch.bfloat16)
 
 
 def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:

@@ -19,7 +19,21 @@ static inline Vector load(const bf16 *from) {
     return values;
 }
 
+static inline float widened(bf16 value) {
+    uint32_t bits = (uint32_t)value << 16;
+    float number;
+    memcpy(&number, &bits, sizeof number);
+    return number;
+}
+
 // To the nearest, ties to even; NaN stays NaN.
+static inline bf16 rounded(float number) {
+    uint32_t bits;
+    memcpy(&bits, &number, sizeof bits);
+    return number != number ? 0x7fc0 : (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// As `rounded`, of each.
 static inline void store(bf16 *to, Vector values) {
     int32_t bits[LANES];
     Integers is_nan = values != values;
