@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chatloom.kernels import log_softmax, vocabulary_library
+
 LOGITS_CHUNK = 256
 """Tokens whose (tokens, V) float32 logits exist at the same time."""
 
@@ -72,17 +74,11 @@ class _LinearLogprobs(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if differentiable else hidden.new_empty(0)
         kept = []
         for rows in _chunk_slices(len(targets)):
-            logits = _scaled_logits(hidden[rows], head, temperature)
-            normalizer = logits.logsumexp(-1)
-            logprobs[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - normalizer
-            if not (with_entropy or differentiable):
-                continue
-            probabilities = torch.softmax(logits, dim=-1)
-            if with_entropy:
-                entropies[rows] = normalizer - torch.linalg.vecdot(probabilities, logits)
-            if differentiable:
-                ones = torch.ones_like(logprobs[rows])[:, None]
-                residual = probabilities.neg_().scatter_add_(1, targets[rows, None], ones).to(head.dtype)
+            logits = F.linear(hidden[rows], head)
+            logprobs[rows], entropies[rows], residual = _log_softmax(
+                logits, targets[rows], temperature, with_entropy=with_entropy, with_residual=differentiable
+            )
+            if residual is not None:
                 gradient[rows] = residual @ head / temperature
                 kept += [residual] if head_trains else []
         ctx.save_for_backward(hidden, targets, gradient, *kept)
@@ -107,7 +103,23 @@ def _chunk_slices(count: int) -> list[slice]:
     return [slice(start, start + LOGITS_CHUNK) for start in range(0, count, LOGITS_CHUNK)]
 
 
-def _scaled_logits(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
-    """(N, V) float32"""
-    logits = F.linear(hidden, head).float()
-    return logits if temperature == 1.0 else logits.div_(temperature)
+def _log_softmax(
+    logits: Tensor, targets: Tensor, temperature: float, *, with_entropy: bool, with_residual: bool
+) -> tuple[Tensor, Tensor | float, Tensor | None]:
+    """Of softmax(logits / temperature), logits (N, V): (N) log-probabilities of `targets`, (N) entropies, and (N, V)
+    one-hot(target) - probabilities like the logits, which may be overwritten."""
+    library = vocabulary_library(logits)
+    if library is not None:
+        logprobs, entropies = log_softmax(library, logits, targets, temperature, keep=with_residual)
+        return logprobs, entropies, logits if with_residual else None
+    scaled = logits.float() if temperature == 1.0 else logits.float().div_(temperature)
+    normalizer = scaled.logsumexp(-1)
+    logprobs = scaled.gather(1, targets[:, None]).squeeze(1) - normalizer
+    if not (with_entropy or with_residual):
+        return logprobs, 0.0, None
+    probabilities = torch.softmax(scaled, dim=-1)
+    entropy = normalizer - torch.linalg.vecdot(probabilities, scaled) if with_entropy else 0.0
+    if not with_residual:
+        return logprobs, entropy, None
+    ones = torch.ones_like(logprobs)[:, None]
+    return logprobs, entropy, probabilities.neg_().scatter_add_(1, targets[:, None], ones).to(logits.dtype)

@@ -17,6 +17,7 @@ from chatloom.models.attention import packed_attention
 from chatloom.models.llama_decoder import LlamaDecoder
 from chatloom.models.norm import scale_to_unit, use_kernels
 from chatloom.optim import MasterAdamW, ParameterGroup
+from chatloom.tensors import logprobs_and_entropies
 
 pytestmark = pytest.mark.skipif(kernels.compiled("norm") is None, reason="no C compiler: nothing to compare")
 
@@ -262,6 +263,35 @@ def test_steps_do_not_depend_on_the_number_of_threads(threads: int, optimizer: O
     torch.set_num_threads(before)
     assert again == norms
     assert torch.equal(state["masters"][0], other["masters"][0])
+
+
+@pytest.mark.parametrize("width", [5, 48, 1003])
+def test_log_probabilities_and_their_gradients_are_those_of_float64(width: int) -> None:
+    """Whole and broken rows of sixteen; the probabilities are rounded to bfloat16 once."""
+    hidden, head = numbers(7, 16).requires_grad_(), numbers(width, 16, seed=1).requires_grad_()
+    targets = torch.arange(7) * (width - 1) // 6
+    assert kernels.vocabulary_library(hidden) is not None
+    logprobs, entropies = logprobs_and_entropies(hidden, head, targets, 0.7)
+    found = torch.autograd.grad(logprobs, (hidden, head), torch.arange(1.0, 8.0))
+
+    exact = [state.detach().double().requires_grad_() for state in (hidden, head)]
+    logits = F.linear(hidden, head).detach().double() / 0.7  # rounded, as a model gives them
+    expected = logits.log_softmax(-1)
+    assert torch.allclose(logprobs.double(), expected[range(7), targets], atol=1e-5)
+    assert torch.allclose(entropies.double(), -(expected.exp() * expected).sum(-1), atol=1e-5)
+    (F.linear(*exact) / 0.7).log_softmax(-1)[range(7), targets].backward(torch.arange(1.0, 8.0).double())
+    for gradient, state in zip(found, exact, strict=True):
+        assert state.grad is not None
+        assert relative_error(gradient, state.grad) < 2**-6
+
+
+def test_a_vocabulary_with_a_number_missing_has_no_probabilities() -> None:
+    logits = numbers(2, 40)
+    logits[1, 38] = math.nan
+    library = kernels.vocabulary_library(logits)
+    assert library is not None
+    logprobs, _ = kernels.log_softmax(library, logits, torch.tensor([3, 3]), 1.0, keep=False)
+    assert logprobs.isnan().tolist() == [False, True]
 
 
 def test_not_a_number_is_not_lost() -> None:

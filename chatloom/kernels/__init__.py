@@ -95,6 +95,11 @@ def adamw_library(x: Tensor) -> ctypes.CDLL | None:
     return compiled("adamw") if _fits(x) else None
 
 
+def vocabulary_library(x: Tensor) -> ctypes.CDLL | None:
+    """For `log_softmax` of tensors like `x`."""
+    return compiled("vocabulary") if _fits(x) else None
+
+
 def rms_norm(library: ctypes.CDLL, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """weight * x / rms(x) like x (..., H), and 1 / rms(x) (...) in float32."""
     x = x.contiguous()
@@ -115,6 +120,22 @@ def rms_norm_backward(
     counts = (ctypes.c_int64(value) for value in (scale.numel(), x.shape[-1], SHARES))
     library.rms_norm_backward(*_pointers(upstream, x, weight, scale, x_grad, weight_grads), *counts)
     return x_grad, weight_grads.sum(0)
+
+
+def log_softmax(
+    library: ctypes.CDLL, logits: Tensor, targets: Tensor, temperature: float, *, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (N) of `targets` (N) and entropies (N), float32, of softmax(logits / temperature).
+
+    Args:
+        logits: (N, V); with `keep` one-hot(targets) - probabilities is written over them.
+    """
+    logprobs, entropies = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+    counts = (ctypes.c_int64(value) for value in logits.shape)
+    library.log_softmax(
+        *_pointers(logits, targets, logprobs, entropies), *counts, ctypes.c_float(1 / temperature), ctypes.c_int(keep)
+    )
+    return logprobs, entropies
 
 
 def gradient_norm(library: ctypes.CDLL, gradients: Sequence[Tensor]) -> Tensor:
