@@ -279,6 +279,33 @@ class JudgeParams(Section):
     """Seconds to wait for an answer."""
 
 
+class NativeGeneration(Section):
+    """The project's own engine, on any device, from the weights that train."""
+
+    kind: Literal["native"]
+
+
+class VllmGeneration(Section):
+    """vLLM, where it is installed (docs/vllm.md), on the CUDA device that the policy trains on."""
+
+    kind: Literal["vllm"]
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the device's memory that vLLM has while it samples, its copy of the weights included; it gives it back
+    in between."""
+
+
+Generation = Annotated[NativeGeneration | VllmGeneration, Field(discriminator="kind")]
+
+
+def _require_sampled_temperature(generation: NativeGeneration | VllmGeneration, temperature: float) -> None:
+    # vLLM raises lower ones to 0.01 and says so in its log only: logprobs would be of another distribution.
+    if generation.kind == "vllm" and not 0.01 <= temperature <= 2:
+        raise ValueError(
+            f"temperature = {temperature:g}: vLLM samples at 0.01 to 2; change it, or set generation to "
+            "{kind: native}"
+        )
+
+
 class CompareParams(Section):
     num_prompts: NonNegative
     """Prompts with a reference answer for which responses are sampled."""
@@ -287,6 +314,8 @@ class CompareParams(Section):
     max_new_tokens: Positive
     temperatures: Annotated[list[Rate], Field(min_length=1)]
     """The responses to a prompt take them in turn."""
+    generation: Generation
+    """What samples the responses."""
     generation_batch: Positive
     """Sequences generated at once."""
     ranked_by: Annotated[list[Literal["people", "judge", "reference"]], Field(min_length=1)]
@@ -305,6 +334,12 @@ class CompareParams(Section):
     def _judge_is_known(self) -> Self:
         if ("judge" in self.ranked_by) != (self.judge is not None):
             raise ValueError("compare.judge has to be set where compare.ranked_by names it, and null where it does not")
+        return self
+
+    @model_validator(mode="after")
+    def _is_sampled(self) -> Self:
+        for temperature in self.temperatures:
+            _require_sampled_temperature(self.generation, temperature)
         return self
 
 
@@ -347,6 +382,10 @@ class Guards(Section):
     """Rows of the eval split with a reference answer that are answered, greedily, at each look."""
     held_out_every: Positive
     """Steps between two looks."""
+    engine_gap: Action
+    """The rollout engine's own logprobs, where it tells them, are not the policy's: it samples from something else."""
+    max_engine_gap: Rate
+    """Mean absolute difference a token, nats; rounding of bfloat16 stays far below the default."""
 
 
 class TrainPpoParams(Section):
@@ -360,6 +399,8 @@ class TrainPpoParams(Section):
     """Steps; each is one rollout and its update."""
     rollout_batch: Positive
     """Prompts of a step."""
+    generation: Generation
+    """What samples the responses; their logprobs are recomputed by the policy that trains, whatever it is."""
     generation_batch: Positive
     """Sequences generated at once."""
     ppo_epochs: Positive
@@ -395,6 +436,7 @@ class TrainPpoParams(Section):
             )
         if self.ptx_coef > 0 and self.ptx_batch == 0:
             raise ValueError("ptx_coef above 0 needs a ptx_batch above 0")
+        _require_sampled_temperature(self.generation, self.temperature)
         return self
 
 

@@ -29,7 +29,7 @@ from chatloom.data.templates import encode_row
 from chatloom.device import resolve_device
 from chatloom.errors import InputError
 from chatloom.models.checkpoint import ChatModel, load_on, load_tokenizer, stop_ids
-from chatloom.models.generation import generate
+from chatloom.models.rollouts import RolloutEngine, open_engine, require_available
 from chatloom.models.sampling import Sampling
 from chatloom.progress import progress
 from stages.run import StageRun, stage
@@ -49,13 +49,17 @@ def main() -> None:
         rows = read_split(ROWS)
         run.dataset(ROWS, "reward")
         device = resolve_device(runtime.device, runtime.dtype, runtime.num_threads)
+        require_available(params.generation, device.device, "compare.generation")
         counts: Counter[str] = Counter()
         found = [imported(row, holdout_of(row, params)) for row in rows if len(row.responses) > 1]
         said = consensus(read_rankings(RANKINGS)) if "people" in params.ranked_by else []
         by_people = ranked_by_people(said, rows, params, counts)
         prompts = [row for row in rows[: params.num_prompts] if row.responses]
         sft = weights_sha256(SFT)
-        answers = sample(prompts, load_on(SFT, device), params) if prompts else []
+        answers = []
+        if prompts:
+            engine = open_engine(params.generation, params.generation_batch, SFT, device, lora=None)
+            answers = sample(prompts, load_on(SFT, device), engine, params)
         unranked = [(row, own) for row, own in zip(prompts, answers, strict=True) if row.id not in by_people]
         sampled = rank(unranked, sft, params, counts)
         comparisons = [*found, *by_people.values(), *sampled]
@@ -130,7 +134,7 @@ def ranked_by_people(
     return found
 
 
-def sample(rows: Sequence[PreparedRow], chat: ChatModel, params: CompareParams) -> list[Answers]:
+def sample(rows: Sequence[PreparedRow], chat: ChatModel, engine: RolloutEngine, params: CompareParams) -> list[Answers]:
     """K responses a prompt from the SFT model, at `params.temperatures` in turn: texts and tokens of each row."""
     slots = [(number, turn) for number in range(len(rows)) for turn in range(params.num_responses)]
     generator = torch.Generator().manual_seed(params.seed)
@@ -138,15 +142,14 @@ def sample(rows: Sequence[PreparedRow], chat: ChatModel, params: CompareParams) 
     with progress("compare", len(slots)) as advance:
         for index, temperature in enumerate(params.temperatures):
             own = [slot for slot in slots if slot[1] % len(params.temperatures) == index]
-            responses = generate(
+            responses = engine(
                 chat.model,
                 [rows[number].prompt_ids for number, _ in own],
                 Sampling(params.max_new_tokens, temperature),
                 stop_ids=chat.stop_ids,
                 generator=generator,
-                batch_size=params.generation_batch,
                 on_done=advance,
-            )
+            ).responses
             ids |= dict(zip(own, responses, strict=True))
     answers = []
     for number in range(len(rows)):

@@ -8,6 +8,7 @@ from chatloom.data.examples import Example
 from chatloom.data.prepared import PreparedRow, read_split
 from chatloom.device import resolve_device
 from chatloom.errors import InputError
+from chatloom.models import rollouts
 from chatloom.models.adapters import merge_adapter
 from chatloom.models.checkpoint import save_causal_lm
 from chatloom.models.reward_model import read_probes
@@ -28,6 +29,7 @@ def main() -> None:
         params, runtime = run.params.train_ppo, run.params.runtime
         require_available(params.parallel, "train_ppo")
         device = resolve_device(runtime.device, runtime.dtype, runtime.num_threads)
+        rollouts.require_available(params.generation, device.device, "train_ppo.generation")
         prompts = [row.prompt_ids for row in read_split(PROMPTS)]
         ptx = [Example.of_row(row) for row in read_split(PTX)]
         for rows, path, needed in ((prompts, PROMPTS, True), (ptx, PTX, params.ptx_coef > 0)):

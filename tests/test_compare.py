@@ -13,6 +13,7 @@ from chatloom.data.judge import Judge, OverBudget
 from chatloom.data.prepared import PreparedRow
 from chatloom.data.rankings import Consensus, Ranking
 from chatloom.models.checkpoint import ChatModel
+from chatloom.models.rollouts import native
 from stages import compare
 from tests.conftest import ROOT
 
@@ -31,13 +32,13 @@ def row(id: str, *responses: str, cluster: str | None = None) -> PreparedRow:
 
 def test_temperatures_take_turns(chat: ChatModel) -> None:
     rows = [row("a", "x"), row("b", "x")]
-    answers = compare.sample(rows, chat, params(num_responses=4, temperatures=[0.001, 3.0], max_new_tokens=6))
+    p = params(num_responses=4, temperatures=[0.001, 3.0], max_new_tokens=6)
+    answers = compare.sample(rows, chat, native(4), p)
     for _, tokens in answers:
         # Close to 0 the likeliest token is taken: the first and the third are equal, the hot ones differ.
         assert tokens[0] == tokens[2]
         assert len({tuple(one) for one in tokens}) > 1
-    again = compare.sample(rows, chat, params(num_responses=4, temperatures=[0.001, 3.0], max_new_tokens=6))
-    assert answers == again
+    assert compare.sample(rows, chat, native(4), p) == answers
 
 
 def test_candidates_are_distinct_answers_without_the_reference() -> None:

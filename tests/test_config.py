@@ -73,6 +73,9 @@ def set_in(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
         ("train_sft.parallel.num_processes", 4, "needs a parallel.strategy other than 'none'"),
         ("quantize.bits", 5, "p.yaml: quantize.bits = 5: input should be 2, 3, 4 or 8"),
         ("prepare_data.split_weights", {"sft": 1}, "split_weights lacks ['eval', 'ppo', 'ptx', 'reward']"),
+        ("train_ppo.generation.kind", "tgi", "train_ppo.generation: input tag 'tgi' found using 'kind' does not match"),
+        ("compare.generation", {"kind": "vllm"}, "compare.generation.gpu_memory_utilization: missing; add it"),
+        ("compare.generation", {"kind": "vllm", "gpu_memory_utilization": 1.5}, "should be less than 1"),
         ("register.gates.0.min", None, "gate on 'reward/accuracy' has neither min nor max"),
         ("compare.ranked_by", ["judge"], "compare.judge has to be set where compare.ranked_by names it"),
         ("compare.ranked_by", [], "p.yaml: compare.ranked_by = []: "),
@@ -84,6 +87,22 @@ def test_bad_values_name_key_value_and_remedy(key: str, value: Any, message: str
     with pytest.raises(InputError) as caught:
         validate_params(set_in(read_yaml(DEFAULT), key, value), "p.yaml")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("temperature", [0.005, 2.5])
+@pytest.mark.parametrize("section", ["compare", "train_ppo"])
+def test_a_temperature_that_vllm_would_change_or_refuse(section: str, temperature: float) -> None:
+    def sampled_at(temperature: float) -> dict[str, Any]:
+        key, value = ("temperatures", [1.0, temperature]) if section == "compare" else ("temperature", temperature)
+        return set_in(read_yaml(DEFAULT), f"{section}.{key}", value)
+
+    values = sampled_at(temperature)
+    validate_params(values, "p.yaml")
+    vllm = {"kind": "vllm", "gpu_memory_utilization": 0.4}
+    values[section]["generation"] = vllm
+    with pytest.raises(InputError, match=f"p.yaml: {section}: temperature = {temperature}: vLLM samples at 0.01 to 2"):
+        validate_params(values, "p.yaml")
+    validate_params(set_in(sampled_at(0.7), f"{section}.generation", vllm), "p.yaml")
 
 
 def test_a_missing_key_is_named() -> None:

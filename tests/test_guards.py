@@ -17,6 +17,7 @@ from chatloom.errors import InputError
 from chatloom.models.adapters import Role
 from chatloom.models.checkpoint import ChatModel
 from chatloom.models.head import ScalarHead
+from chatloom.models.rollouts import native
 from chatloom.ppo.guards import Answers, GuardStop, answer, check, held_out_metrics, paired_t
 from chatloom.ppo.roles import Roles
 from tests.test_ppo import params
@@ -24,8 +25,8 @@ from tests.test_ppo import params
 
 def limits(**actions: Action) -> Guards:
     """Every guard off but those given."""
-    off = {"kl": "off", "length_collapse": "off", "reward_hacking": "off"}
-    numbers = {"window": 2, "max_kl": 50.0, "min_length_share": 0.3, "max_held_out_fall": 3.0}
+    off = {"kl": "off", "length_collapse": "off", "reward_hacking": "off", "engine_gap": "off"}
+    numbers = {"window": 2, "max_kl": 50.0, "min_length_share": 0.3, "max_held_out_fall": 3.0, "max_engine_gap": 0.1}
     return Guards.model_validate(off | numbers | {"held_out_prompts": 2, "held_out_every": 1} | actions)
 
 
@@ -35,9 +36,10 @@ def history(
     tokens: list[float] | None = None,
     score: list[float] | None = None,
     held_out: dict[int, tuple[float, float]] | None = None,
+    engine_gap: list[float] | None = None,
 ) -> list[dict[str, float]]:
     """Metrics of steps; `held_out` gives score_t and chrf_t of the steps at which they were measured."""
-    num_steps = max(len(values or []) for values in (kl, tokens, score))
+    num_steps = max(len(values or []) for values in (kl, tokens, score, engine_gap))
     rows = []
     for i in range(num_steps):
         row = {
@@ -47,6 +49,8 @@ def history(
         }
         if held_out and i + 1 in held_out:
             row |= dict(zip(("held_out/score_t", "held_out/chrf_t"), held_out[i + 1], strict=True))
+        if engine_gap:
+            row["rollout/engine_gap"] = engine_gap[i]
         rows.append(row)
     return rows
 
@@ -96,6 +100,15 @@ def test_reward_hacking_needs_a_rise_in_training_and_a_fall_outside() -> None:
     assert not found(history(score=rising), wanted), "never measured"
 
 
+def test_an_engine_that_samples_from_something_else() -> None:
+    wanted = limits(engine_gap="stop")
+    assert not found(history(engine_gap=[0.02, 0.1]), wanted)
+    assert not found(history(kl=[1.0, 2.0]), wanted), "the engine tells no logprobs"
+    assert found(history(engine_gap=[0.02, 0.11]), wanted)
+    assert found(history(engine_gap=[math.nan]), wanted)
+    assert not found(history(engine_gap=[5.0, 0.02]), wanted), "only the last step counts"
+
+
 def test_off_is_silent_and_warn_says_it_once(caplog: pytest.LogCaptureFixture) -> None:
     rows = history(kl=[1.0, 60.0, 70.0, 1.0, 80.0])
     with caplog.at_level(logging.WARNING):
@@ -135,7 +148,8 @@ def test_paired_t_by_hand() -> None:
 
 def test_held_out_answers_are_greedy_scored_and_compared(chat: ChatModel, lora: Lora, optimizer: Optimizer) -> None:
     head = ScalarHead(chat.model.config.hidden_size, torch.Generator().manual_seed(0))
-    roles = Roles(Role(chat.model), Role(chat.model), Role(chat.model, None, head), Role(chat.model, None, head), chat)
+    policy, scorer = Role(chat.model), Role(chat.model, None, head)
+    roles = Roles(policy, policy, scorer, scorer, chat, native(2))
     rows = [PreparedRow(f"r{i}", "en", [], [5 + i, 6], [False, False], ["the tea"], [[9, 2]]) for i in range(3)]
     torch.manual_seed(1)
     before = torch.get_rng_state()

@@ -271,6 +271,7 @@ def test_shared_backbone_equals_separate_models(models: tuple[Path, Path], lora:
         alone(shared.reward_model),
         alone(shared.value_model),
         shared.chat,
+        shared.engine,
     )
     apart = make_experience(separate, rollout, p, 0.1)
     for name in ("old_logprobs", "ref_logprobs", "values", "scores", "advantages", "returns"):
@@ -286,7 +287,7 @@ def test_a_response_without_a_configured_stop_token_is_penalised(
     eos = roles.chat.tokenizer.eos_token_id
     chat = dataclasses.replace(roles.chat, stop_ids=(8, 9))
     roles = dataclasses.replace(roles, chat=chat)
-    rollout = Rollout([[5], [6], [7], [8]], [[10, eos], [10, 8], [eos, 9], [8, 10]], [False, True, True, False])
+    rollout = Rollout([[5], [6], [7], [8]], [[10, eos], [10, 8], [eos, 9], [8, 10]], [False, True, True, False], None)
     assert make_experience(roles, rollout, p, 0.1).penalties.tolist() == [3.0, 0.0, 0.0, 3.0]
 
     roles = stopping(roles)
@@ -424,6 +425,7 @@ def test_training_on_a_shared_backbone_equals_training_separate_models(
         alone(template.reward_model),
         alone(template.value_model),
         template.chat,
+        template.engine,
     )
     ptx = [Example.of_response([5], [9, 9, 2])]
     metrics = [run(roles, p, ptx)[1] for roles in (shared, separate)]

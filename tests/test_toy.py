@@ -13,6 +13,7 @@ from chatloom.config import Kl, Lora, Optimizer
 from chatloom.models.adapters import Role
 from chatloom.models.checkpoint import load_on
 from chatloom.models.head import ScalarHead
+from chatloom.models.rollouts import native
 from chatloom.packing import Packed
 from chatloom.ppo.experience import roll_out
 from chatloom.ppo.loop import train_ppo
@@ -57,7 +58,8 @@ def test_rollouts_follow_the_enumerated_distribution(checkpoint: Path, lora: Lor
         chat.model.lm_head.weight.mul_(8)  # an untrained model likes every token about equally
     role = Role(chat.model)
     p = params(lora, optimizer, max_new_tokens=2, temperature=0.7, generation_batch=200)
-    rollout = roll_out(Roles(role, role, role, role, chat), PROMPTS * 1500, p, torch.Generator().manual_seed(0))
+    roles = Roles(role, role, role, role, chat, native(p.generation_batch))
+    rollout = roll_out(roles, PROMPTS * 1500, p, torch.Generator().manual_seed(0))
     for number, prompt in enumerate(PROMPTS):
         (stop,) = chat.stop_ids
         logprobs = response_logprobs(chat.model, prompt, stop, p.temperature)
@@ -103,6 +105,7 @@ def test_ppo_reaches_the_kl_regularised_optimum_of_a_toy(checkpoint: Path, lora:
         reward_model=CountsWanted(chat.model),
         value_model=Role(value.model.requires_grad_(True), None, head),
         chat=chat,
+        engine=native(p.generation_batch),
     )
     score = WANTED.double()[:, None] + WANTED.double()
     score[stop] = float(WANTED[stop])

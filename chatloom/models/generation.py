@@ -140,7 +140,7 @@ def generate(
         on_done: called with the number of responses finished since the last call.
     """
     engine = Engine(open_decoder(model, batch_size, snapshot=model.device.type == "cpu"), batch_size)
-    for prompt, seed in zip(prompts, _seeds(len(prompts), generator), strict=True):
+    for prompt, seed in zip(prompts, draw_seeds(len(prompts), generator), strict=True):
         engine.add(prompt, sampling, stop_ids=stop_ids, seed=seed)
     responses: list[list[int]] = [[] for _ in prompts]
     while not engine.idle:
@@ -162,14 +162,15 @@ def stream_tokens(
 ) -> Iterator[int]:
     """The tokens of one response as they are sampled, the stop token included where there is one."""
     engine = Engine(open_decoder(model, 1, snapshot=False), 1)
-    (seed,) = _seeds(1, generator)
+    (seed,) = draw_seeds(1, generator)
     engine.add(prompt_ids, sampling, stop_ids=stop_ids, seed=seed)
     while not engine.idle:
         for event in engine.step():
             yield event.token
 
 
-def _seeds(count: int, generator: torch.Generator | None) -> list[int]:
+def draw_seeds(count: int, generator: torch.Generator | None) -> list[int]:
+    """One a request, each below 2^63; PyTorch's default generator draws them where `generator` is None."""
     device = generator.device if generator is not None else torch.device("cpu")
     seeds: list[int] = torch.randint(2**63 - 1, (count,), generator=generator, device=device).tolist()
     return seeds

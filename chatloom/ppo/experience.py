@@ -13,7 +13,6 @@ from chatloom.batches import chunks
 from chatloom.config import TrainPpoParams
 from chatloom.data.examples import Example
 from chatloom.models.adapters import use_adapter
-from chatloom.models.generation import generate
 from chatloom.models.sampling import Sampling
 from chatloom.models.trunk import Below, run_below
 from chatloom.packing import Packed, pack
@@ -30,6 +29,8 @@ class Rollout:
     """Generated tokens, the stop token included."""
     stopped: list[bool]
     """Whether a response ended with a stop token, and not at the length limit."""
+    engine_logprobs: list[list[float]] | None
+    """Of each token, as the engine that sampled it tells; None where it does not."""
 
     @property
     def examples(self) -> list[Example]:
@@ -59,6 +60,8 @@ class Experience:
     """(B, R)"""
     below: list[Tensor] | None
     """Of each sequence (P + R, H), what the frozen lower layers of the shared backbone made of it."""
+    engine_gap: float | None
+    """Mean |log-probability by the engine that sampled - old_logprobs| over all tokens; None where it tells none."""
 
     def pack(self, rows: Sequence[int], backbone: Any) -> tuple[Packed, Below | None]:
         """Some sequences in one pack, with what is known of it already."""
@@ -73,7 +76,8 @@ class Experience:
         rewards = self.scores - self.penalties
         error = masked_mean((self.returns - self.values) ** 2, self.response_mask)
         spread = masked_mean((self.returns - masked_mean(self.returns, self.response_mask)) ** 2, self.response_mask)
-        return {
+        gap = {} if self.engine_gap is None else {"rollout/engine_gap": self.engine_gap}
+        return gap | {
             "objective/score": float(self.scores.mean()),
             "objective/score_with_penalty": float(rewards.mean()),
             "objective/kl": float(self.kl.sum(1).mean()),
@@ -87,16 +91,15 @@ class Experience:
 def roll_out(roles: Roles, prompts: Sequence[list[int]], params: TrainPpoParams, generator: torch.Generator) -> Rollout:
     """Sample one response a prompt from the policy, with no warp but the temperature that logprobs use too."""
     use_adapter(roles.policy.model, roles.policy.adapter)
-    responses = generate(
+    sampled = roles.engine(
         roles.policy.model,
         prompts,
         Sampling(params.max_new_tokens, params.temperature),
         stop_ids=roles.chat.stop_ids,
         generator=generator,
-        batch_size=params.generation_batch,
     )
-    stopped = [response[-1] in roles.chat.stop_ids for response in responses]
-    return Rollout(list(prompts), responses, stopped)
+    stopped = [response[-1] in roles.chat.stop_ids for response in sampled.responses]
+    return Rollout(list(prompts), sampled.responses, stopped, sampled.logprobs)
 
 
 @torch.no_grad()
@@ -134,4 +137,10 @@ def make_experience(roles: Roles, rollout: Rollout, params: TrainPpoParams, kl_c
         advantages=whiten(advantages, mask),
         returns=returns,
         below=lower or None,
+        engine_gap=_mean_gap(rollout.engine_logprobs, old) if rollout.engine_logprobs is not None else None,
     )
+
+
+def _mean_gap(told: Sequence[list[float]], logprobs: Sequence[Tensor]) -> float:
+    ours = torch.cat(list(logprobs))
+    return float((ours - ours.new_tensor([logprob for row in told for logprob in row])).abs().mean())

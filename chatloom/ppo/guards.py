@@ -19,7 +19,6 @@ from chatloom.data.prepared import PreparedRow
 from chatloom.data.similarity import chrf
 from chatloom.errors import InputError
 from chatloom.models.adapters import Role, use_adapter
-from chatloom.models.generation import generate
 from chatloom.models.reward_model import score_responses
 from chatloom.models.sampling import Sampling
 from chatloom.ppo import kl
@@ -60,6 +59,7 @@ def _findings(history: History, limits: Guards) -> Iterator[tuple[str, Action, s
         ("kl", limits.kl, kl_beyond(history, limits.max_kl)),
         ("length_collapse", limits.length_collapse, collapsed(history, limits.min_length_share, limits.window)),
         ("reward_hacking", limits.reward_hacking, hacked(history, limits.max_held_out_fall, limits.window)),
+        ("engine_gap", limits.engine_gap, sampled_elsewhere(history, limits.max_engine_gap)),
     )
     yield from ((guard, action, found) for guard, action, found in rules if action != "off" and found is not None)
 
@@ -103,6 +103,20 @@ def hacked(history: History, max_fall: float, window: int) -> str | None:
     return None
 
 
+def sampled_elsewhere(history: History, max_gap: float) -> str | None:
+    """The engine that sampled gives its tokens other probabilities than the policy: its weights are not the policy's.
+
+    The ratio of the update would hide it, since both of its sides are the policy's own.
+    """
+    gap = history[-1].get("rollout/engine_gap")
+    if gap is None or gap <= max_gap:
+        return None
+    return (
+        f"logprobs of the rollout engine are {gap:.3g} nats a token from the policy's, over max_engine_gap = "
+        f"{max_gap:g}: responses are not the policy's own; set train_ppo.generation to {{kind: native}}"
+    )
+
+
 def _ends(history: History, name: str, window: int) -> tuple[float, float] | None:
     """Means over the first and the last `window` steps, one step being mostly noise; None while the two overlap."""
     if len(history) < 2 * window:
@@ -133,14 +147,13 @@ def answer(roles: Roles, policy: Role, rows: Sequence[PreparedRow], params: Trai
     chat = roles.chat
     prompts = [row.prompt_ids for row in rows]
     use_adapter(policy.model, policy.adapter)
-    responses = generate(
+    responses = roles.engine(
         policy.model,
         prompts,
         Sampling(params.max_new_tokens, temperature=0),
         stop_ids=chat.stop_ids,
         generator=torch.Generator(),  # not the one the run draws from
-        batch_size=params.generation_batch,
-    )
+    ).responses
     texts = chat.tokenizer.batch_decode(responses, skip_special_tokens=True)
     return Answers(
         score_responses(roles.reward_model, prompts, responses),

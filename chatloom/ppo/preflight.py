@@ -135,7 +135,7 @@ class Memory:
     update: int
     """Activations and logits of one microbatch, and what the lower layers made of the rollout."""
     rollout: int
-    """Cache of keys and values of one batch of responses, and the sampler's own copy of the weights."""
+    """Cache of keys and values of a batch of responses, and the sampler's copy of the weights; of vLLM, its share."""
 
     @property
     def fixed(self) -> int:
@@ -166,16 +166,20 @@ def estimate_memory(
     update_tokens = max(params.batch_size * sequence, params.ptx_batch * longest_ptx)
     kept_tokens = params.rollout_batch * sequence if adapted_layers < shape.layers else 0
     logits = min(LOGITS_CHUNK, update_tokens) * shape.vocabulary
-    cached = CACHE_ROOM * params.generation_batch * sequence * shape.layers * shape.key_value
-    # On a CPU the policy's weights and its head are laid out once more for sampling (`LlamaDecoder`).
-    snapshot = sft_parameters + shape.vocabulary * shape.hidden if device.device.type == "cpu" else 0
+    if params.generation.kind == "vllm":
+        rollout = int(params.generation.gpu_memory_utilization * torch.cuda.mem_get_info(device.device)[1])
+    else:
+        cached = CACHE_ROOM * params.generation_batch * sequence * shape.layers * shape.key_value
+        # On a CPU the policy's weights and its head are laid out once more for sampling (`LlamaDecoder`).
+        snapshot = sft_parameters + shape.vocabulary * shape.hidden if device.device.type == "cpu" else 0
+        rollout = dtype.itemsize * (int(cached) + snapshot)
     return Memory(
         weights=dtype.itemsize * (sft_parameters + reward_parameters + trained),
         optimizer=OPTIMIZER_BYTES * trained,
         update=update_tokens * adapted_layers * shape.activation_bytes(dtype)
         + (4 * FLOAT_COPIES + dtype.itemsize * MODEL_COPIES) * logits
         + dtype.itemsize * kept_tokens * shape.hidden,
-        rollout=dtype.itemsize * (int(cached) + snapshot),
+        rollout=rollout,
     )
 
 
@@ -236,6 +240,8 @@ def _remedy(memory: Memory, available: int, params: TrainPpoParams) -> str:
         return f"lower train_ppo.lora.rank = {params.lora.rank}, or take a smaller base model"
     if memory.update >= memory.rollout:
         return f"lower train_ppo.batch_size = {params.batch_size} or train_ppo.ptx_batch = {params.ptx_batch}"
+    if params.generation.kind == "vllm":
+        return f"lower train_ppo.generation.gpu_memory_utilization = {params.generation.gpu_memory_utilization}"
     return (
         f"lower train_ppo.generation_batch = {params.generation_batch} "
         f"or train_ppo.max_new_tokens = {params.max_new_tokens}"

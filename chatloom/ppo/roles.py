@@ -11,6 +11,7 @@ from chatloom.device import Device
 from chatloom.models.adapters import Role, adapter_parameters, add_adapter, load_adapter_state, merge_adapter
 from chatloom.models.checkpoint import ChatModel, load_on
 from chatloom.models.reward_model import load_reward_model
+from chatloom.models.rollouts import RolloutEngine, open_engine
 
 POLICY, VALUE = "policy", "value"
 
@@ -23,6 +24,8 @@ class Roles:
     value_model: Role
     chat: ChatModel
     """Tokenizer and stop tokens, shared by all."""
+    engine: RolloutEngine
+    """What samples, from the weights of the role that answers."""
 
 
 def load_roles(sft: Path, reward: Path, params: TrainPpoParams, device: Device) -> Roles:
@@ -46,7 +49,11 @@ def load_roles(sft: Path, reward: Path, params: TrainPpoParams, device: Device) 
     else:
         policy = Role(load_on(sft, device).model.requires_grad_(True))
         value_model = Role(_trunk_of_reward(reward, sft, device).requires_grad_(True), None, value_head)
-    return Roles(policy, Role(backbone), reward_model, value_model, chat)
+    # Last, for vLLM takes its share of what memory is left then.
+    engine = open_engine(
+        params.generation, params.generation_batch, sft, device, params.lora if params.method == "lora" else None
+    )
+    return Roles(policy, Role(backbone), reward_model, value_model, chat, engine)
 
 
 def _add_value_adapter(reward_model: Role, reward_lora: Lora | None, params: TrainPpoParams) -> Any:
