@@ -218,7 +218,11 @@ class Lora(Section):
 
 class Parallel(Section):
     strategy: Strategy
+    """Who keeps which part of the model, its gradients and the optimizer's state (`docs/parallel.md`)."""
     num_processes: Positive
+    """Of all nodes together; the stage's own command starts them."""
+    hostfile: str | None
+    """File with the nodes' names, one a line, the leading one first; null trains on this machine alone."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -388,6 +392,9 @@ class Guards(Section):
     """Mean absolute difference a token, nats; rounding of bfloat16 stays far below the default."""
 
 
+Placement = Literal["resident", "offload"]
+
+
 class TrainPpoParams(Section):
     method: Literal["full", "lora"]
     """`lora` keeps one frozen backbone with adapters for every role; `full` keeps separate models."""
@@ -395,6 +402,9 @@ class TrainPpoParams(Section):
     optimizer: Optimizer
     value_lr: Rate
     parallel: Parallel
+    placement: Placement
+    """Where reward model and reference are while policy and value learn: `offload` moves them to the host's memory, if
+    they are models of their own. Adapters on one backbone have nothing to move."""
     num_steps: Positive
     """Steps; each is one rollout and its update."""
     rollout_batch: Positive
@@ -437,6 +447,21 @@ class TrainPpoParams(Section):
         if self.ptx_coef > 0 and self.ptx_batch == 0:
             raise ValueError("ptx_coef above 0 needs a ptx_batch above 0")
         _require_sampled_temperature(self.generation, self.temperature)
+        if self.generation.kind == "vllm" and self.parallel.num_processes > 1:
+            raise ValueError(
+                f"parallel.num_processes = {self.parallel.num_processes} and generation.kind = 'vllm': vLLM samples in "
+                "one process; set generation to {kind: native}"
+            )
+        shared = {
+            "rollout_batch / num_minibatches": self.rollout_batch // self.num_minibatches,
+            "ptx_batch": self.ptx_batch if self.ptx_coef > 0 else 0,
+        }
+        for name, rows in shared.items():
+            if rows % self.parallel.num_processes:
+                raise ValueError(
+                    f"parallel.num_processes = {self.parallel.num_processes} does not divide {name} = {rows}: every "
+                    "process needs the same number of rows of each optimizer step"
+                )
         return self
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from ctypes import CDLL
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from chatloom import kernels
 from chatloom.config import Optimizer
 from chatloom.errors import InputError
+from chatloom.parallel.ranks import ALONE, Ranks
+
+BETAS = (0.9, 0.95)
 
 
 @dataclass(frozen=True)
@@ -22,16 +25,54 @@ class ParameterGroup:
     lr: float
 
 
+class Updates(Protocol):
+    """What a loop needs of a strategy (`chatloom.parallel.strategies`): gradients in, updated parameters out."""
+
+    whole_weights: bool
+    """Whether each rank has all weights, so that ranks may look at different numbers of held-out rows."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of this rank's part of the loss to those of the optimizer step that is under way."""
+
+    def step(self, lr_factor: float, stage: str, step: int) -> float:
+        """Sum the gradients over the ranks, clip their norm, take one step at `lr_factor` times the base rates.
+
+        Args:
+            stage: whose step this is, and `step` its number, for the error.
+
+        Returns:
+            The norm before clipping, the same on every rank.
+
+        Raises:
+            InputError: where a gradient is not finite; no weight has changed then.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank has to save: masters, moments and step counts in the order of the parameters, not copied."""
+
+    def load_state_dict(self, *parts: Mapping[str, Any]) -> None:
+        """Take over, by value, what `state_dict` gave on each rank of a run of any strategy and size, in their order.
+
+        The parameters become the rounded masters they were then.
+        """
+
+    def finish(self) -> None:
+        """Leave the parameters whole on every rank and ordinary; the last call."""
+
+
 class MasterAdamW:
     """AdamW on float32 copies of parameters of any precision (Micikevicius 2017).
 
     A bfloat16 weight has 8 bits: an update of 1e-5 of it would round away. So the step is taken in float32 and the
     result rounded. A gradient stays as the backward pass made it while it is the only one of its step; from the second
-    on they are added up in float32 as soon as they are there, so that accumulation is exact to float32 rounding.
+    on they are added up in float32 as soon as they are there, so that accumulation is exact to float32 rounding. With
+    several ranks each has all of it, and float32 gradients are summed once, before the step.
     """
 
-    def __init__(self, groups: Iterable[ParameterGroup], params: Optimizer) -> None:
-        self.params = params
+    whole_weights = True
+
+    def __init__(self, groups: Iterable[ParameterGroup], params: Optimizer, ranks: Ranks = ALONE) -> None:
+        self.params, self.ranks = params, ranks
         self._pairs: list[tuple[nn.Parameter, Tensor]] = []
         self._gradients: dict[nn.Parameter, Tensor] = {}
         """Of the step that is under way."""
@@ -41,7 +82,7 @@ class MasterAdamW:
             master_groups.append({"params": masters, "lr": group.lr, "initial_lr": group.lr})
         assert self._pairs, "nothing to train"
         self.adamw = torch.optim.AdamW(
-            master_groups, betas=(0.9, 0.95), eps=params.adam_eps, weight_decay=params.weight_decay, fused=True
+            master_groups, betas=BETAS, eps=params.adam_eps, weight_decay=params.weight_decay, fused=True
         )
         for _, master in self._pairs:  # as AdamW would make them itself in its first step
             moments = {"exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
@@ -64,19 +105,18 @@ class MasterAdamW:
         self._pairs.append((parameter, master))
         return master
 
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
     @torch.no_grad()
     def step(self, lr_factor: float, stage: str, step: int) -> float:
-        """Clip the gradient's norm, take one step at `lr_factor` times the base rates; the norm before clipping.
-
-        Args:
-            stage: whose step this is, and `step` its number, for the error.
-
-        Raises:
-            InputError: where a gradient is not finite; no weight has changed then.
-        """
         for parameter, _ in self._pairs:
-            if parameter not in self._gradients:
-                self._gradients[parameter] = torch.zeros_like(parameter)
+            gradient = self._gradients.get(parameter)
+            if gradient is None:
+                gradient = torch.zeros_like(parameter)
+            # Over the ranks, as over microbatches, gradients are summed in float32.
+            self._gradients[parameter] = gradient.float() if self.ranks.size > 1 else gradient
+        self.ranks.sum_tensors([self._gradients[parameter] for parameter, _ in self._pairs])
         for group in self.adamw.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor
         if self._library is not None:
@@ -120,17 +160,42 @@ class MasterAdamW:
                 kernels.adamw(library, parameter, self._gradients.pop(parameter), master, both, rates)
 
     def state_dict(self) -> dict[str, Any]:
-        """Masters, moments and step counts in the order of the parameters: the tensors themselves, not copies."""
+        if self.ranks.rank > 0:
+            return {"masters": [], "moments": {}}  # the first rank's are the same
         return {"masters": [master for _, master in self._pairs], "moments": self.adamw.state_dict()["state"]}
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave, by value; the parameters become the rounded masters they were then."""
-        for (parameter, master), saved in zip(self._pairs, state["masters"], strict=True):
-            master.copy_(saved)
+    def load_state_dict(self, *parts: Mapping[str, Any]) -> None:
+        moments = {}
+        for i, (parameter, master) in enumerate(self._pairs):
+            whole, moments[i] = saved_state(parts, i, parameter)
+            master.copy_(whole)
             parameter.copy_(master)
-        moments = {i: {name: value.clone() for name, value in own.items()} for i, own in state["moments"].items()}
         self.adamw.load_state_dict({"state": moments, "param_groups": self.adamw.state_dict()["param_groups"]})
+
+    def finish(self) -> None:
+        """They are."""
+
+
+def saved_state(parts: Iterable[Mapping[str, Any]], i: int, parameter: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Master and Adam's state of parameter `i`, put together from what each rank saved, in the parameter's shape.
+
+    A rank saves a tensor whole, a slice of it laid flat (the last one padded), or nothing of it.
+    """
+
+    def join(slices: Iterable[Tensor]) -> Tensor:
+        return torch.cat([part.flatten() for part in slices])[: parameter.numel()].view(parameter.shape)
+
+    holders = [part for part in parts if i < len(part["masters"])]
+    states = [part["moments"][i] for part in holders]
+    moments = {name: join(state[name] for state in states) for name in ("exp_avg", "exp_avg_sq")}
+    return join(part["masters"][i] for part in holders), {"step": states[0]["step"].clone(), **moments}
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> float:
+    """In float32, whatever their precision."""
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
+    return float(torch.stack(norms).square().sum()) if norms else 0.0
 
 
 def lr_factor(step: int, num_steps: int, params: Optimizer) -> float:

@@ -29,6 +29,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from chatloom.parallel.ranks import ALONE, Ranks
+
 log = logging.getLogger(__name__)
 
 KEPT = 2
@@ -47,7 +49,9 @@ class Checkpoints:
     """The states of one loop in a folder of its own.
 
     A state is one file, written under another name and renamed, with its SHA-256 in its name. It holds tensors,
-    numbers, text, lists and mappings only, so that reading it runs no code.
+    numbers, text, lists and mappings only, so that reading it runs no code. With several ranks, each but the first
+    writes its part of the optimizer's state to a file of its own, in the same folder; the first one's file, which names
+    and so completes them, comes last. Any number of ranks can go on from it.
 
     Inside `with checkpoints`, the first SIGTERM or SIGINT waits until the loop has finished its step and saved its
     state; then, as for a second one at any time, what happens is what happens outside.
@@ -57,28 +61,51 @@ class Checkpoints:
         key: what the loop's result depends on, by name, as hashes. A state with another key is never used.
         every: steps between two states.
         beside: what is saved and restored together with the loop.
+        ranks: who run the loop together; all of them load, and save, at the same steps.
     """
 
-    def __init__(self, folder: Path, key: Mapping[str, str], every: int, beside: Stateful | None = None) -> None:
-        self.folder, self.key, self.every, self.beside = folder, dict(key), every, beside
+    def __init__(
+        self,
+        folder: Path,
+        key: Mapping[str, str],
+        every: int,
+        beside: Stateful | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.folder, self.key, self.every, self.beside, self.ranks = folder, dict(key), every, beside, ranks
         self._asked: signal.Signals | None = None
         self._handlers: dict[signal.Signals, Any] = {}
 
     def load(self, **also: str) -> tuple[int, dict[str, Any]] | None:
         """The step and the state that `save` was given last, every RNG set as then; None: the loop starts afresh.
 
+        What it was given as `optimizer` comes back as a list: the part of each rank.
+
         Args:
             also: more of the key, known only now.
         """
         self.key |= also
+        # The first rank looks, so that all go on from the same state.
+        found = self.ranks.gather(str(self._newest() or "") if self.ranks.rank == 0 else "")[0]
+        if not found:
+            return None
+        state = _read(Path(found))
+        parts = [_read(self.folder / name) for name in state["parts"]]
+        own = parts[self.ranks.rank - 1] if 0 < self.ranks.rank <= len(parts) else state
+        set_rng_state(own["rng"])
+        if self.beside is not None:
+            self.beside.load_state_dict(state["beside"])
+        log.info("%s: resumes after step %d", self.folder.name, state["step"])
+        loop: dict[str, Any] = state["loop"]
+        if "optimizer" in loop:
+            loop["optimizer"] = [loop["optimizer"], *(part["optimizer"] for part in parts)]
+        return state["step"], loop
+
+    def _newest(self) -> Path | None:
+        """The newest whole state, where it is of this run; others are removed."""
         for path in reversed(self._paths()):
-            if file_hash(path) != path.suffixes[0][1:]:
-                log.warning("%s: %s is torn or corrupt and is not used", self.folder.name, path)
-                path.unlink()
-                continue
-            # Mapped, not read: what is copied out of it is never in memory twice.
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            if changed := _differences(state["key"], self.key):
+            state = _read(path) if _is_whole(path) else None
+            if state is not None and (changed := _differences(state["key"], self.key)):
                 log.warning(
                     "%s: starts afresh, the state of step %d is of another run; changed since: %s",
                     self.folder.name,
@@ -86,17 +113,16 @@ class Checkpoints:
                     ", ".join(changed),
                 )
                 break
-            set_rng_state(state["rng"])
-            if self.beside is not None:
-                self.beside.load_state_dict(state["beside"])
-            log.info("%s: resumes after step %d", self.folder.name, state["step"])
-            return state["step"], state["loop"]
+            if state is not None and all(_is_whole(self.folder / part) for part in state["parts"]):
+                return path
+            log.warning("%s: %s is torn or corrupt and is not used", self.folder.name, path)
+            path.unlink()
         self.remove()
         return None
 
     def due(self, step: int) -> bool:
         """Whether the state has to be saved after `step`: it is time for it, or somebody wants to stop here."""
-        return self._asked is not None or step % self.every == 0
+        return self.ranks.any(self._asked is not None) or step % self.every == 0
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Write the state after `step`, and stop where a signal asked for it.
@@ -105,16 +131,26 @@ class Checkpoints:
         machine itself go down, a state that did not reach the disk is found out by its hash.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        content = {"step": step, "key": self.key, "rng": rng_state(), "loop": dict(state)}
-        if self.beside is not None:
-            content["beside"] = self.beside.state_dict()
-        temporary = self.folder / "unfinished.pt"
-        torch.save(content, temporary)
-        temporary.replace(self.folder / f"step-{step:08d}.{file_hash(temporary)}.pt")
-        for path in self._paths()[:-KEPT]:
-            path.unlink()
-        log.info("%s: state of step %d saved", self.folder.name, step)
-        if self._asked is not None:
+        rank, part = self.ranks.rank, ""
+        if rank > 0:
+            part = self._write({"optimizer": state["optimizer"], "rng": rng_state()}, f"part-{step:08d}-{rank:04d}")
+        parts = self.ranks.gather(part)[1:]
+        if rank == 0:
+            content = {"step": step, "key": self.key, "rng": rng_state(), "loop": dict(state), "parts": parts}
+            if self.beside is not None:
+                content["beside"] = self.beside.state_dict()
+            self._write(content, f"step-{step:08d}")
+            for path in self._paths()[:-KEPT]:
+                path.unlink()
+            kept = {_step(path) for path in self._paths()}
+            for path in self.folder.glob("part-*.pt"):
+                if _step(path) not in kept:
+                    path.unlink()
+            log.info("%s: state of step %d saved", self.folder.name, step)
+        # Also so that no rank goes on before the state is whole; and one that was asked to stop asks the others.
+        asked = max(self.ranks.gather(int(self._asked or 0)))
+        if asked:
+            self._asked = signal.Signals(asked)
             log.warning("%s: stopped; run again, it goes on after step %d", self.folder.name, step)
             self._act()
 
@@ -143,6 +179,7 @@ class Checkpoints:
     def _act(self) -> None:
         """Deliver the signal that waited, to whoever handled it before us."""
         assert self._asked is not None
+        self._give_back()
         number, self._asked = self._asked, None
         signal.raise_signal(number)
 
@@ -150,9 +187,32 @@ class Checkpoints:
         while self._handlers:
             signal.signal(*self._handlers.popitem())
 
+    def _write(self, content: dict[str, Any], name: str) -> str:
+        """Write a file under its name and hash, whole or not at all; that name."""
+        temporary = self.folder / f"unfinished{self.ranks.rank or ''}.pt"
+        torch.save(content, temporary)
+        path = self.folder / f"{name}.{file_hash(temporary)}.pt"
+        temporary.replace(path)
+        return path.name
+
     def _paths(self) -> list[Path]:
         """Finished states, oldest first."""
         return sorted(self.folder.glob("step-*.pt"))
+
+
+def _step(path: Path) -> str:
+    """The step in a file's name."""
+    return path.name.split(".")[0].split("-")[1]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    # Mapped, not read: what is copied out of it is never in memory twice.
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return state
+
+
+def _is_whole(path: Path) -> bool:
+    return path.is_file() and file_hash(path) == path.suffixes[0][1:]
 
 
 def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:

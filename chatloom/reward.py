@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,12 @@ from chatloom.config import TrainRewardParams
 from chatloom.data.comparisons import SAMPLED, Comparison
 from chatloom.data.examples import Example
 from chatloom.models.adapters import Role
-from chatloom.optim import MasterAdamW, ParameterGroup, lr_factor, require_finite
+from chatloom.optim import ParameterGroup, lr_factor, require_finite
 from chatloom.packing import pack
+from chatloom.parallel.ranks import ALONE, Ranks
+from chatloom.parallel.strategies import open_updates
 from chatloom.progress import Log, progress
-from chatloom.resume import Checkpoints
+from chatloom.resume import Checkpoints, weights_hash
 
 REFERENCE_PROMPTS = 200
 
@@ -67,14 +69,27 @@ def microbatch_loss(
     )
 
 
-@torch.no_grad()
-def pair_margins(reward_model: Role, comparisons: Sequence[Comparison], device: torch.device) -> list[list[float]]:
+def pair_margins(
+    reward_model: Role, comparisons: Sequence[Comparison], device: torch.device, ranks: Ranks = ALONE
+) -> list[list[float]]:
     """Of each comparison, s_better - s_worse of its pairs."""
-    margins = []
-    for rows in chunks(comparisons, 2):
-        for comparison, scores in zip(rows, score_comparisons(reward_model, rows, device), strict=True):
-            margins.append([float(scores[i] - scores[j]) for i, j in comparison.pairs])
-    return margins
+    scored = spread_scores(reward_model, comparisons, device, ranks)
+    return [
+        [float(scores[i] - scores[j]) for i, j in comparison.pairs]
+        for comparison, scores in zip(comparisons, scored, strict=True)
+    ]
+
+
+@torch.no_grad()
+def spread_scores(
+    reward_model: Role, comparisons: Sequence[Comparison], device: torch.device, ranks: Ranks
+) -> list[Tensor]:
+    """As `score_comparisons`, two at a time, by all ranks together; in the host's memory."""
+
+    def score(rows: list[Comparison]) -> list[Tensor]:
+        return [scores.cpu() for two in chunks(rows, 2) for scores in score_comparisons(reward_model, two, device)]
+
+    return ranks.spread(comparisons, [comparison.num_tokens for comparison in comparisons], score)
 
 
 def accuracy(margins: Sequence[Sequence[float]]) -> float:
@@ -84,7 +99,7 @@ def accuracy(margins: Sequence[Sequence[float]]) -> float:
 
 
 @torch.no_grad()
-def normalize(reward_model: Role, comparisons: Sequence[Comparison], device: torch.device) -> int:
+def normalize(reward_model: Role, comparisons: Sequence[Comparison], device: torch.device, ranks: Ranks = ALONE) -> int:
     """Set the head's gain and bias so that reference responses score mean 0, std 1; how many there were.
 
     Reference responses are those the SFT model sampled; without any, all responses stand in. `REFERENCE_PROMPTS` of
@@ -92,12 +107,12 @@ def normalize(reward_model: Role, comparisons: Sequence[Comparison], device: tor
     """
     assert reward_model.head is not None
     sampled = [comparison for comparison in comparisons if SAMPLED in comparison.origins]
+    rows = (sampled or comparisons)[:REFERENCE_PROMPTS]
     reference = []
-    for rows in chunks((sampled or comparisons)[:REFERENCE_PROMPTS], 2):
-        for comparison, scores in zip(rows, score_comparisons(reward_model, rows, device), strict=True):
-            keep = [not sampled or origin == SAMPLED for origin in comparison.origins]
-            reference.append(scores[torch.tensor(keep, device=device)])
-    reward_model.head.normalize(torch.cat(reference))
+    for comparison, scores in zip(rows, spread_scores(reward_model, rows, device, ranks), strict=True):
+        keep = [not sampled or origin == SAMPLED for origin in comparison.origins]
+        reference.append(scores[torch.tensor(keep)])
+    reward_model.head.normalize(torch.cat(reference).to(device))
     return sum(map(len, reference))
 
 
@@ -109,52 +124,67 @@ def train_reward(
     device: torch.device,
     log: Log,
     checkpoints: Checkpoints | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Train `reward_model` (its adapter or trunk, and its head) in place, then normalise its scores.
 
     Args:
+        reward_model, train, held_out, params: the same on every rank.
         log: called with (step, metrics) after each step; with 0 and the accuracy before the first.
         checkpoints: where the state is saved and found again; None starts afresh and saves none.
+        ranks: who train it together; each step's prompts are shared out.
 
     Raises:
         InputError: where a loss or a gradient is not finite, before any weight is touched by it.
     """
-    total = num_steps(len(train), params)
-    optimizer = MasterAdamW([ParameterGroup(reward_model.parameters(), params.optimizer.lr)], params.optimizer)
+    total = num_steps(len(train), params, ranks)
+    ranks.require_same(
+        params=lambda: [params],
+        rows=lambda: chain(train, held_out),
+        weights=lambda: [weights_hash(reward_model.model)],
+    )
+    groups = [ParameterGroup(reward_model.parameters(), params.optimizer.lr)]
+    optimizer = open_updates(groups, params.optimizer, params.parallel, ranks)
+    looking = ranks if optimizer.whole_weights else ALONE  # who share the held-out rows
     held_out = held_out[: params.eval_rows]
     saved = checkpoints.load() if checkpoints is not None else None
     if saved is not None:
         done, state = saved
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(*state["optimizer"])
         last = state["last"]
     else:
         done = 0
-        last = accuracy(pair_margins(reward_model, held_out, device)) if held_out else float("nan")
+        last = accuracy(pair_margins(reward_model, held_out, device, looking)) if held_out else float("nan")
         if held_out:
             log(0, {"eval/accuracy": last})
+    batches = islice(steps(train, params, ranks, size=lambda comparison: comparison.num_tokens), done, None)
     with progress("train_reward", total, done) as advance, checkpoints or nullcontext():
-        for step, microbatches in enumerate(islice(steps(train, params), done, None), start=done + 1):
+        for step, microbatches in enumerate(batches, start=done + 1):
             started = time.monotonic()
-            prompts = sum(map(len, microbatches))
+            prompts = int(ranks.sum(sum(map(len, microbatches))))
             loss = 0.0
             for rows in microbatches:
-                part = microbatch_loss(reward_model, rows, params, device) / prompts
+                # Without rows left, a rank still takes part: the others may wait for its gradients.
+                part = microbatch_loss(reward_model, rows or train[:1], params, device) / prompts
+                part = part if rows else 0 * part
                 loss += require_finite(part, "train_reward", step)
-                part.backward()
+                optimizer.backward(part)
+            loss = ranks.sum(loss)
             factor = lr_factor(step - 1, total, params.optimizer)
             norm = optimizer.step(factor, "train_reward", step)
 
             took = time.monotonic() - started
-            speed = sum(comparison.num_tokens for rows in microbatches for comparison in rows) / took
+            speed = ranks.sum(sum(comparison.num_tokens for rows in microbatches for comparison in rows)) / took
             lr = params.optimizer.lr * factor
             log(step, {"train/loss": loss, "train/grad_norm": norm, "train/lr": lr, "time/tokens_per_s": speed})
             if held_out and (step % params.eval_every == 0 or step == total):
-                last = accuracy(pair_margins(reward_model, held_out, device))
+                last = accuracy(pair_margins(reward_model, held_out, device, looking))
                 log(step, {"eval/accuracy": last})
             advance(loss=loss, tokens_per_s=speed, accuracy=last)
             if checkpoints is not None and checkpoints.due(step):
                 checkpoints.save(step, {"last": last, "optimizer": optimizer.state_dict()})
-    reference = normalize(reward_model, train, device)
+    optimizer.finish()
+    reference = normalize(reward_model, train, device, ranks)
     return {
         "steps": total,
         "prompts": len(train),

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from chatloom.kernels import log_softmax, vocabulary_library
 
@@ -44,7 +44,7 @@ def gather_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, temperature: 
         (N) float32. Logits exist for `LOGITS_CHUNK` tokens at a time. Where the head trains, (N, V) numbers of its
         precision are kept for the backward pass.
     """
-    logprobs, _ = _LinearLogprobs.apply(hidden, head, targets, temperature, False)
+    logprobs, _ = _LinearLogprobs.apply(hidden, _ordinary(head), targets, temperature, False)
     return cast(Tensor, logprobs)
 
 
@@ -52,7 +52,7 @@ def logprobs_and_entropies(
     hidden: Tensor, head: Tensor, targets: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """As `gather_logprobs`; and (N) the entropy in nats of each distribution, through which no gradient flows."""
-    logprobs, entropies = _LinearLogprobs.apply(hidden, head, targets, temperature, True)
+    logprobs, entropies = _LinearLogprobs.apply(hidden, _ordinary(head), targets, temperature, True)
     return logprobs, entropies
 
 
@@ -97,6 +97,13 @@ class _LinearLogprobs(torch.autograd.Function):
         for rows, residual in zip(_chunk_slices(len(targets)), kept, strict=True):
             head_grad.addmm_(residual.T, weighted[rows])
         return hidden_grad, head_grad, None, None, None
+
+
+def _ordinary(weight: Tensor) -> Tensor:
+    """A weight in slices, which PyTorch's own operations gather (`chatloom.parallel.gemini`), gathered by one."""
+    if type(weight) in (Tensor, nn.Parameter):
+        return weight
+    return weight.view_as(weight).as_subclass(Tensor)
 
 
 def _chunk_slices(count: int) -> list[slice]:

@@ -26,11 +26,22 @@ def fingerprint(stage: str, params: Params, pipeline: Path = Path("dvc.yaml")) -
         return None
     values = params.model_dump(mode="json", by_alias=True)
     values["train_ppo"].pop("guards")  # they decide when to stop, not what is computed
+    for name in ("train_sft", "train_reward", "train_ppo"):
+        _drop_layout(values[name])
     hashes = {f"params {key}": _text_hash(json.dumps(_value(values, key), sort_keys=True)) for key in listed["params"]}
     for dep in listed["deps"]:
         kind = "code" if dep.startswith(("stages/", "chatloom/")) else "data"
         hashes[f"{kind} {dep}"] = tree_hash(Path(dep))
     return hashes
+
+
+def _drop_layout(section: dict[str, Any]) -> None:
+    """Leave what a step's rows are, and not how many processes share them by which strategy: rounding apart, any number
+    of them goes on from the state of any other."""
+    processes = section.pop("parallel")["num_processes"]
+    rows = section.pop("batch_size")
+    if "accumulation_steps" in section:
+        section["rows_per_step"] = rows * section.pop("accumulation_steps") * processes
 
 
 def tree_hash(path: Path) -> str:

@@ -30,9 +30,11 @@ from rich.logging import RichHandler
 from chatloom.config import Params, load_params
 from chatloom.errors import InputError
 from chatloom.files import atomic_dir, atomic_file, write_json
-from stages.tracking import MlflowRun, Numbers
+from chatloom.parallel.launch import is_first, report_failure
+from stages.tracking import MlflowRun, Numbers, Untracked
 
 if TYPE_CHECKING:
+    from chatloom.parallel.ranks import Ranks
     from chatloom.resume import Checkpoints
 
 log = logging.getLogger("stages.run")
@@ -53,23 +55,28 @@ def stage(name: str) -> Iterator[StageRun]:
     """Run the block as the stage `name`, in the folder that holds `params.yaml`.
 
     An `InputError` is one line on stderr and exit status 1; any other exception keeps its traceback. Metrics and curves
-    are written when the block has ended well, all of them or none.
+    are written when the block has ended well, all of them or none. Of several processes that run it together, the first
+    one records and writes; the others are silent.
     """
-    with _log_to_stderr(), _sigterm_raises():
+    with log_to_stderr(), _sigterm_raises():
         started = time.monotonic()
         try:
             params = load_params()
             preset = os.environ.get(PRESET) or "default"
-            tracked = MlflowRun.start(name, params, Path.cwd(), preset, _reproduction())
+            tracked: MlflowRun | Untracked = Untracked()
+            if is_first():
+                tracked = MlflowRun.start(name, params, Path.cwd(), preset, _reproduction())
             try:
                 run = StageRun(name, params, tracked)
                 yield run
-                run._write()
+                if is_first():
+                    run._write()
             except BaseException as error:
                 tracked.end_badly("KILLED" if isinstance(error, KeyboardInterrupt | _Terminated) else "FAILED")
                 raise
         except InputError as error:
-            log.error("%s: %s", name, error)
+            if not report_failure(f"{name}: {error}"):
+                log.error("%s: %s", name, error)
             raise SystemExit(1) from None
         except (KeyboardInterrupt, _Terminated) as interrupt:
             log.error("%s: interrupted", name)
@@ -81,7 +88,7 @@ def stage(name: str) -> Iterator[StageRun]:
 class StageRun:
     """What `stage` hands to its block."""
 
-    def __init__(self, name: str, params: Params, tracked: MlflowRun) -> None:
+    def __init__(self, name: str, params: Params, tracked: MlflowRun | Untracked) -> None:
         self.name, self.params = name, params
         self._tracked = tracked
         self._curves: dict[str, dict[int, dict[str, float]]] = {}
@@ -93,13 +100,14 @@ class StageRun:
         """A fresh folder that becomes the out `path` when the block ends well."""
         return atomic_dir(Path(path))
 
-    def checkpoints(self, every: int) -> Checkpoints | None:
+    def checkpoints(self, every: int, ranks: Ranks | None = None) -> Checkpoints | None:
         """Where a loop saves its state every so many steps, with the curves and tables so far; gone when all is done.
 
         None in a folder without a `dvc.yaml` that lists the stage: what its result depends on is unknown there, and a
         state that may be of other data or code is worse than none.
         """
         # With torch behind them, which stages without a loop need not wait for.
+        from chatloom.parallel.ranks import ALONE
         from chatloom.resume import Checkpoints
         from stages.fingerprint import fingerprint
 
@@ -107,7 +115,7 @@ class StageRun:
         if depends_on is None:
             log.info("%s: no dvc.yaml here lists it: its state is not saved", self.name)
             return None
-        self._checkpoints = Checkpoints(STATE / self.name, depends_on, every, beside=self)
+        self._checkpoints = Checkpoints(STATE / self.name, depends_on, every, self, ranks or ALONE)
         return self._checkpoints
 
     def log(self, step: int, values: Numbers) -> None:
@@ -238,7 +246,7 @@ class _Stderr:
 
 
 @contextmanager
-def _log_to_stderr() -> Iterator[None]:
+def log_to_stderr() -> Iterator[None]:
     """Our own modules from INFO up, everybody else's from WARNING up."""
     handler: logging.Handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
@@ -248,7 +256,7 @@ def _log_to_stderr() -> Iterator[None]:
     ours = [logging.getLogger(name) for name in ("__main__", "stages", "chatloom")]
     levels = [logger.level for logger in ours]
     for logger in ours:
-        logger.setLevel(logging.INFO)
+        logger.setLevel(logging.INFO if is_first() else logging.ERROR)
     logging.getLogger().addHandler(handler)
     try:
         yield

@@ -116,6 +116,31 @@ class MlflowRun:
             self._api.log_params(dict(items[start : start + MAX_PARAMS_AT_ONCE]))
 
 
+class Untracked:
+    """In place of a run in MLflow, for processes that another one speaks for."""
+
+    def metrics(self, values: Numbers, step: int | None = None) -> None:
+        pass
+
+    def curves(self, points: Sequence[tuple[str, int, float]]) -> None:
+        pass
+
+    def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        pass
+
+    def artifact(self, path: Path, folder: str) -> None:
+        pass
+
+    def dataset(self, path: Path, name: str) -> None:
+        pass
+
+    def end(self, status: str) -> None:
+        pass
+
+    def end_badly(self, status: str) -> None:
+        pass
+
+
 def flattened(values: Any, prefix: str = "") -> dict[str, str]:
     """`{"a": {"b": 1}}` as `{"a.b": "1"}`; a list is one value, as JSON."""
     if isinstance(values, dict):

@@ -12,12 +12,14 @@ from chatloom.models import rollouts
 from chatloom.models.adapters import merge_adapter
 from chatloom.models.checkpoint import save_causal_lm
 from chatloom.models.reward_model import read_probes
-from chatloom.parallel.strategies import require_available
+from chatloom.parallel.ranks import connect
+from chatloom.parallel.strategies import require_runnable
 from chatloom.ppo import preflight
 from chatloom.ppo.experience import Experience, Rollout
 from chatloom.ppo.loop import train_ppo
 from chatloom.ppo.roles import POLICY, load_roles
 from stages.run import stage
+from stages.training import start
 
 SFT, REWARD = Path("models/sft"), Path("models/reward")
 PROMPTS, PTX, EVAL = (Path("data/prepared", split) for split in ("ppo", "ptx", "eval"))
@@ -27,8 +29,8 @@ ROWS_SHOWN = 8
 def main() -> None:
     with stage("train_ppo") as run:
         params, runtime = run.params.train_ppo, run.params.runtime
-        require_available(params.parallel, "train_ppo")
         device = resolve_device(runtime.device, runtime.dtype, runtime.num_threads)
+        require_runnable("train_ppo", params.method, params.parallel, device.device)
         rollouts.require_available(params.generation, device.device, "train_ppo.generation")
         prompts = [row.prompt_ids for row in read_split(PROMPTS)]
         ptx = [Example.of_row(row) for row in read_split(PTX)]
@@ -63,13 +65,15 @@ def main() -> None:
                 },
             )
 
-        checkpoints = run.checkpoints(params.checkpoint_every)
-        metrics = train_ppo(roles, prompts, ptx, params, run.log, show, checkpoints, held_out=watched)
-        model = roles.policy.model
-        if roles.policy.adapter is not None:
-            model = merge_adapter(model, POLICY)
-        with run.out("models/ppo") as folder:
-            save_causal_lm(folder, model, SFT)
+        with connect("train_ppo", params.parallel, device.device) as ranks:
+            checkpoints = run.checkpoints(params.checkpoint_every, ranks)
+            metrics = train_ppo(roles, prompts, ptx, params, run.log, show, checkpoints, held_out=watched, ranks=ranks)
+        if ranks.rank == 0:
+            model = roles.policy.model
+            if roles.policy.adapter is not None:
+                model = merge_adapter(model, POLICY)
+            with run.out("models/ppo") as folder:
+                save_causal_lm(folder, model, SFT)
         run.metrics(metrics)
 
 
@@ -85,4 +89,4 @@ def held_out(count: int) -> list[PreparedRow]:
 
 
 if __name__ == "__main__":
-    main()
+    start("train_ppo", main)

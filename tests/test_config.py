@@ -71,6 +71,11 @@ def set_in(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
         ("train_ppo.ptx_batch", 0, "p.yaml: train_ppo: ptx_coef above 0 needs a ptx_batch above 0"),
         ("train_ppo.checkpoint_every", 0, "p.yaml: train_ppo.checkpoint_every = 0: input should be greater than 0"),
         ("train_sft.parallel.num_processes", 4, "needs a parallel.strategy other than 'none'"),
+        (
+            "train_ppo.parallel",
+            {"strategy": "ddp", "num_processes": 3, "hostfile": None},
+            "parallel.num_processes = 3 does not divide rollout_batch / num_minibatches",
+        ),
         ("quantize.bits", 5, "p.yaml: quantize.bits = 5: input should be 2, 3, 4 or 8"),
         ("prepare_data.split_weights", {"sft": 1}, "split_weights lacks ['eval', 'ppo', 'ptx', 'reward']"),
         ("train_ppo.generation.kind", "tgi", "train_ppo.generation: input tag 'tgi' found using 'kind' does not match"),
@@ -155,3 +160,10 @@ def _strings(value: Any) -> list[str]:
     if isinstance(value, list):
         return [text for inner in value for text in _strings(inner)]
     return [value] if isinstance(value, str) else []
+
+
+def test_vllm_samples_in_one_process() -> None:
+    values = set_in(read_yaml(DEFAULT), "train_ppo.generation", {"kind": "vllm", "gpu_memory_utilization": 0.4})
+    values = set_in(values, "train_ppo.parallel", {"strategy": "ddp", "num_processes": 2, "hostfile": None})
+    with pytest.raises(InputError, match=r"num_processes = 2 and generation\.kind = 'vllm'.*\{kind: native\}"):
+        validate_params(values, "p.yaml")

@@ -35,6 +35,9 @@ UNTRACKED = {
     "chatloom/errors.py",
     # How a file is put in its place, not what is in it.
     "chatloom/files.py",
+    # How processes are started and ended, not what they compute.
+    "chatloom/parallel/launch.py",
+    "stages/training.py",
     # What a terminal shows.
     "chatloom/progress.py",
     # Which chatter of other libraries is silenced.

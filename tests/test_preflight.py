@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from chatloom.config import BaseModelParams, Lora, Optimizer
+from chatloom.config import BaseModelParams, Lora, Optimizer, Parallel, Strategy
 from chatloom.data.examples import Example
 from chatloom.device import Device
 from chatloom.errors import InputError
@@ -28,6 +28,7 @@ from chatloom.ppo.preflight import (
     Shape,
     available_memory,
     estimate_memory,
+    optimizer_bytes,
     require_first_step_parity,
     require_memory,
     require_own_pad_token,
@@ -328,3 +329,13 @@ def test_available_memory_of_a_gpu() -> None:
     before = available_memory(device)
     block = torch.empty(2**28, dtype=torch.uint8, device=device)
     assert before - available_memory(device) >= block.numel() * 0.9
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [("ddp", 16), ("colossalai_zero1", 2 + 4), ("colossalai_zero2", 0.5 + 4), ("colossalai_zero2_cpu", 0.5)],
+)
+def test_optimizer_memory_of_a_process_by_hand(strategy: Strategy, expected: float) -> None:
+    """Of a bfloat16 parameter on one of four GPUs: 12 bytes of master and moments, 4 of their gradient, 2 its own."""
+    gpu = Device(torch.device("cuda"), torch.bfloat16)
+    assert optimizer_bytes(Parallel(strategy=strategy, num_processes=4, hostfile=None), gpu) == expected

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from chatloom.batches import num_steps, steps
-from chatloom.config import Lora, Optimizer, Parallel, TrainSftParams, read_yaml
+from chatloom.config import Lora, Optimizer, Parallel, Strategy, TrainSftParams, read_yaml
 from chatloom.data.examples import Example
 from chatloom.data.prepared import PreparedRow
 from chatloom.errors import InputError
@@ -18,7 +18,7 @@ from chatloom.models.adapters import Role, add_adapter
 from chatloom.models.checkpoint import ChatModel
 from chatloom.optim import lr_factor
 from chatloom.packing import pack
-from chatloom.parallel.strategies import require_available
+from chatloom.parallel.strategies import require_runnable
 from chatloom.sft import sft_loss, train_sft
 from tests.conftest import ROOT
 
@@ -31,7 +31,7 @@ def params(lora: Lora, optimizer: Optimizer, **changes: object) -> TrainSftParam
         "method": "full",
         "lora": lora,
         "optimizer": optimizer.model_copy(update={"lr": 1e-2}),
-        "parallel": Parallel(strategy="none", num_processes=1),
+        "parallel": Parallel(strategy="none", num_processes=1, hostfile=None),
         "batch_size": 2,
         "accumulation_steps": 2,
         "num_epochs": 20,
@@ -146,7 +146,16 @@ def test_earlier_assistant_turns_count_in_a_row() -> None:
     assert example.loss_mask == [False, True, True, False, True, True]
 
 
-def test_a_strategy_that_cannot_run_is_refused() -> None:
-    require_available(Parallel(strategy="none", num_processes=1), "train_sft")
-    with pytest.raises(InputError, match=r"train_sft\.parallel\.strategy = 'colossalai_zero2'"):
-        require_available(Parallel(strategy="colossalai_zero2", num_processes=4), "train_sft")
+@pytest.mark.parametrize(
+    ("section", "method", "strategy", "message"),
+    [
+        ("train_sft", "full", "colossalai_hybrid", r"train_sft\.parallel\.strategy = 'colossalai_hybrid': .*zero2"),
+        ("train_ppo", "full", "colossalai_gemini", r"PPO samples from whole weights, .* set colossalai_zero2"),
+        ("train_sft", "lora", "colossalai_gemini", r"'colossalai_gemini' and train_sft\.method = 'lora'"),
+        ("train_sft", "full", "colossalai_gemini_auto", r"there is no GPU; set colossalai_gemini"),
+    ],
+)
+def test_a_strategy_that_cannot_run_is_refused(section: str, method: str, strategy: Strategy, message: str) -> None:
+    require_runnable(section, method, Parallel(strategy="colossalai_zero2", num_processes=4, hostfile=None), CPU)
+    with pytest.raises(InputError, match=message):
+        require_runnable(section, method, Parallel(strategy=strategy, num_processes=4, hostfile=None), CPU)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -40,6 +40,9 @@ class Examples(Sequence[Example]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def __iter__(self) -> Iterator[Example]:
+        return map(Example.of_row, self._rows)
 
     @overload
     def __getitem__(self, place: int) -> Example: ...

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 from chatloom.models.decoder import Decoder, ModelDecoder
 from chatloom.models.llama_decoder import LlamaDecoder
 from chatloom.models.sampling import Sampling, sample
+from chatloom.parallel.ranks import ALONE, Ranks
 
 PREFILL_TOKENS = 2048
 """Prompt tokens that join the batch in one step, unless a single prompt is longer: bounds the memory of a pass."""
@@ -129,6 +130,7 @@ def generate(
     stop_ids: Sequence[int],
     generator: torch.Generator | None = None,
     batch_size: int = 16,
+    ranks: Ranks = ALONE,
     on_done: Callable[[int], object] = lambda rows: None,
 ) -> list[list[int]]:
     """One response a prompt, in the prompts' order; each ends with its stop token unless the limit came first.
@@ -137,19 +139,25 @@ def generate(
         model: a causal language model with `chatloom.models.attention`, and the adapter on that is to answer.
         generator: draws a seed a prompt, and nothing else; PyTorch's default one where it is None.
         batch_size: sequences at once; what is sampled does not depend on it, but for rounding.
+        ranks: who share the prompts, all of them with the same model and the same generator; each gets all responses.
         on_done: called with the number of responses finished since the last call.
     """
-    engine = Engine(open_decoder(model, batch_size, snapshot=model.device.type == "cpu"), batch_size)
-    for prompt, seed in zip(prompts, draw_seeds(len(prompts), generator), strict=True):
-        engine.add(prompt, sampling, stop_ids=stop_ids, seed=seed)
-    responses: list[list[int]] = [[] for _ in prompts]
-    while not engine.idle:
-        events = engine.step()
-        for event in events:
-            responses[event.request].append(event.token)
-        if done := sum(event.finish is not None for event in events):
-            on_done(done)
-    return responses
+
+    def respond(own: list[tuple[list[int], int]]) -> list[list[int]]:
+        engine = Engine(open_decoder(model, batch_size, snapshot=model.device.type == "cpu"), batch_size)
+        for prompt, seed in own:
+            engine.add(prompt, sampling, stop_ids=stop_ids, seed=seed)
+        responses: list[list[int]] = [[] for _ in own]
+        while not engine.idle:
+            events = engine.step()
+            for event in events:
+                responses[event.request].append(event.token)
+            if done := sum(event.finish is not None for event in events):
+                on_done(done)
+        return responses
+
+    seeds = draw_seeds(len(prompts), generator)
+    return ranks.spread(list(zip(prompts, seeds, strict=True)), [len(prompt) for prompt in prompts], respond)
 
 
 def stream_tokens(

@@ -32,7 +32,9 @@ def use_kernels(model: nn.Module) -> None:
 
 class _Norm(LlamaRMSNorm):  # type: ignore[misc]
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if hidden_states.dtype == self.weight.dtype and kernels.norm_library(hidden_states) is not None:
+        # Weights in slices are gathered by PyTorch's own operations (`chatloom.parallel.gemini`).
+        ordinary = type(self.weight) is nn.Parameter and hidden_states.dtype == self.weight.dtype
+        if ordinary and kernels.norm_library(hidden_states) is not None:
             return scale_to_unit(hidden_states, self.weight, self.variance_epsilon)
         return cast(Tensor, super().forward(hidden_states))
 

@@ -22,6 +22,7 @@ from chatloom.device import Device
 from chatloom.errors import InputError
 from chatloom.models.generation import draw_seeds, generate
 from chatloom.models.sampling import Sampling
+from chatloom.parallel.ranks import ALONE, Ranks
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM makes room for; an adapter of another rank takes the next larger one."""
@@ -47,11 +48,13 @@ class RolloutEngine(Protocol):
         *,
         stop_ids: Sequence[int],
         generator: torch.Generator | None = None,
+        ranks: Ranks = ALONE,
         on_done: Callable[[int], object] = lambda rows: None,
     ) -> Sampled:
         """
         Args:
             generator: draws a seed a prompt, and nothing else; PyTorch's default one where it is None.
+            ranks: who share the prompts, all with the same model and the same generator; each gets all responses.
             on_done: called with the number of responses finished since the last call.
         """
 
@@ -154,8 +157,10 @@ class VllmEngine:
         *,
         stop_ids: Sequence[int],
         generator: torch.Generator | None = None,
+        ranks: Ranks = ALONE,
         on_done: Callable[[int], object] = lambda rows: None,
     ) -> Sampled:
+        assert ranks.size == 1, "params refuse more"
         if not prompts:
             return Sampled([], [])
         longest, room = max(map(len, prompts)) + sampling.max_new_tokens, self._llm.model_config.max_model_len

@@ -16,6 +16,7 @@ from chatloom.models.adapters import use_adapter
 from chatloom.models.sampling import Sampling
 from chatloom.models.trunk import Below, run_below
 from chatloom.packing import Packed, pack
+from chatloom.parallel.ranks import ALONE, Ranks
 from chatloom.ppo import kl
 from chatloom.ppo.advantages import gae, token_rewards
 from chatloom.ppo.roles import Roles
@@ -58,17 +59,21 @@ class Experience:
     """(B, R) whitened over the whole rollout"""
     returns: Tensor
     """(B, R)"""
-    below: list[Tensor] | None
-    """Of each sequence (P + R, H), what the frozen lower layers of the shared backbone made of it."""
+    below: dict[int, Tensor]
+    """Of sequences (P + R, H), what the frozen lower layers of the shared backbone made of them; empty where there are
+    none. Everything else here is of all sequences on every rank, this of those that the rank has met so far."""
     engine_gap: float | None
     """Mean |log-probability by the engine that sampled - old_logprobs| over all tokens; None where it tells none."""
 
     def pack(self, rows: Sequence[int], backbone: Any) -> tuple[Packed, Below | None]:
-        """Some sequences in one pack, with what is known of it already."""
+        """Some sequences in one pack, with what the lower layers make of it."""
         packed = pack([self.examples[i] for i in rows], self.response_mask.device)
-        if self.below is None:
-            return packed, None
-        return packed, Below(backbone, torch.cat([self.below[i] for i in rows])[None])
+        if all(i in self.below for i in rows):
+            return packed, Below(backbone, torch.cat([self.below[i] for i in rows])[None])
+        below = run_below(backbone, packed)
+        if below is not None:
+            self.below.update(zip(rows, below.split(packed.lengths), strict=True))
+        return packed, below
 
     def metrics(self) -> dict[str, float]:
         lengths = self.response_mask.sum(1).float()
@@ -88,7 +93,13 @@ class Experience:
         }
 
 
-def roll_out(roles: Roles, prompts: Sequence[list[int]], params: TrainPpoParams, generator: torch.Generator) -> Rollout:
+def roll_out(
+    roles: Roles,
+    prompts: Sequence[list[int]],
+    params: TrainPpoParams,
+    generator: torch.Generator,
+    ranks: Ranks = ALONE,
+) -> Rollout:
     """Sample one response a prompt from the policy, with no warp but the temperature that logprobs use too."""
     use_adapter(roles.policy.model, roles.policy.adapter)
     sampled = roles.engine(
@@ -97,30 +108,46 @@ def roll_out(roles: Roles, prompts: Sequence[list[int]], params: TrainPpoParams,
         Sampling(params.max_new_tokens, params.temperature),
         stop_ids=roles.chat.stop_ids,
         generator=generator,
+        ranks=ranks,
     )
     stopped = [response[-1] in roles.chat.stop_ids for response in sampled.responses]
     return Rollout(list(prompts), sampled.responses, stopped, sampled.logprobs)
 
 
 @torch.no_grad()
-def make_experience(roles: Roles, rollout: Rollout, params: TrainPpoParams, kl_coef: float) -> Experience:
-    """Score the rollout with every role and turn it into advantages."""
-    device = roles.chat.device
-    old, ref, values, scores, lower = [], [], [], [], []
-    for examples in chunks(rollout.examples, params.batch_size):
-        packed = pack(examples, device)
-        below = run_below(roles.policy.model, packed)
-        old += roles.policy.logprobs(packed, params.temperature, below).split(packed.num_predicted)
-        ref += roles.ref_policy.logprobs(packed, params.temperature, below).split(packed.num_predicted)
-        values += roles.value_model.values(packed, below).split(packed.num_predicted)
-        scores.append(roles.reward_model.scores(packed, below))
-        lower += below.split(packed.lengths) if below is not None else []
+def make_experience(
+    roles: Roles, rollout: Rollout, params: TrainPpoParams, kl_coef: float, ranks: Ranks = ALONE
+) -> Experience:
+    """Score the rollout with every role, by all ranks together, and turn it into advantages, on each of them."""
+    device, examples = roles.chat.device, rollout.examples
+    lower: dict[int, Tensor] = {}
+
+    def look(rows: list[int]) -> list[tuple[Tensor, ...]]:
+        """Of each sequence its old and reference logprobs and its values (R), and its score."""
+        found: list[tuple[Tensor, ...]] = []
+        for some in chunks(rows, params.batch_size):
+            packed = pack([examples[i] for i in some], device)
+            below = run_below(roles.policy.model, packed)
+            old = roles.policy.logprobs(packed, params.temperature, below)
+            ref = roles.ref_policy.logprobs(packed, params.temperature, below)
+            values = roles.value_model.values(packed, below)
+            scores = roles.reward_model.scores(packed, below)
+            tokens = zip(
+                *(per_token.cpu().split(packed.num_predicted) for per_token in (old, ref, values)), strict=True
+            )
+            found += [(*own, score) for own, score in zip(tokens, scores.cpu(), strict=True)]
+            if below is not None:
+                lower.update(zip(some, below.split(packed.lengths), strict=True))
+        return found
+
+    sizes = [len(example.input_ids) for example in examples]
+    old, ref, values, scores = zip(*ranks.spread(range(len(examples)), sizes, look), strict=True)
     lengths = torch.tensor([len(response) for response in rollout.responses], device=device)
     mask = lengths_mask(lengths, int(lengths.max()))
     old_logprobs, ref_logprobs, old_values = (
-        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in (old, ref, values)
+        torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(device) for rows in (old, ref, values)
     )
-    score = torch.cat(scores)
+    score = torch.stack(scores).to(device)
     penalties = params.missing_stop_penalty * (~torch.tensor(rollout.stopped, device=device)).float()
     token_kl = kl.k1(old_logprobs, ref_logprobs)
     rewards = token_rewards(score - penalties, token_kl, mask, kl_coef)
@@ -136,7 +163,7 @@ def make_experience(roles: Roles, rollout: Rollout, params: TrainPpoParams, kl_c
         penalties=penalties,
         advantages=whiten(advantages, mask),
         returns=returns,
-        below=lower or None,
+        below=lower,
         engine_gap=_mean_gap(rollout.engine_logprobs, old) if rollout.engine_logprobs is not None else None,
     )
 

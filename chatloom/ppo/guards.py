@@ -21,6 +21,7 @@ from chatloom.errors import InputError
 from chatloom.models.adapters import Role, use_adapter
 from chatloom.models.reward_model import score_responses
 from chatloom.models.sampling import Sampling
+from chatloom.parallel.ranks import ALONE, Ranks
 from chatloom.ppo import kl
 from chatloom.ppo.roles import Roles
 
@@ -139,7 +140,9 @@ class Answers:
     """From the reference, exact, along the answer (`chatloom.ppo.kl.along`)."""
 
 
-def answer(roles: Roles, policy: Role, rows: Sequence[PreparedRow], params: TrainPpoParams) -> Answers:
+def answer(
+    roles: Roles, policy: Role, rows: Sequence[PreparedRow], params: TrainPpoParams, ranks: Ranks = ALONE
+) -> Answers:
     """What `policy` answers to `rows`, each of which has a best response. No random state is touched.
 
     With `roles.ref_policy` it is the baseline, the same before and after a resume.
@@ -153,6 +156,7 @@ def answer(roles: Roles, policy: Role, rows: Sequence[PreparedRow], params: Trai
         Sampling(params.max_new_tokens, temperature=0),
         stop_ids=chat.stop_ids,
         generator=torch.Generator(),  # not the one the run draws from
+        ranks=ranks,
     ).responses
     texts = chat.tokenizer.batch_decode(responses, skip_special_tokens=True)
     return Answers(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from chatloom.config import Lora, TrainPpoParams
+from chatloom.config import Lora, Parallel, TrainPpoParams
 from chatloom.data.examples import Example
 from chatloom.device import Device
 from chatloom.errors import InputError
@@ -127,7 +128,7 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that PPO needs in one process, by what needs them."""
+    """Bytes that PPO needs in one of its processes, by what needs them."""
 
     weights: int
     """Of every role, adapters included."""
@@ -175,7 +176,7 @@ def estimate_memory(
         rollout = dtype.itemsize * (int(cached) + snapshot)
     return Memory(
         weights=dtype.itemsize * (sft_parameters + reward_parameters + trained),
-        optimizer=OPTIMIZER_BYTES * trained,
+        optimizer=int(optimizer_bytes(params.parallel, device) * trained),
         update=update_tokens * adapted_layers * shape.activation_bytes(dtype)
         + (4 * FLOAT_COPIES + dtype.itemsize * MODEL_COPIES) * logits
         + dtype.itemsize * kept_tokens * shape.hidden,
@@ -183,11 +184,26 @@ def estimate_memory(
     )
 
 
+def optimizer_bytes(parallel: Parallel, device: Device) -> float:
+    """Of each trained parameter, on the device of one process.
+
+    ZeRO slices masters, moments and their gradient; the gradient in the model's precision is whole under ZeRO-1 only.
+    """
+    if parallel.strategy in ("none", "ddp"):
+        return OPTIMIZER_BYTES
+    sliced, gradient = OPTIMIZER_BYTES / parallel.num_processes, device.dtype.itemsize
+    if parallel.strategy == "colossalai_zero1":
+        return gradient + sliced
+    on_host = parallel.strategy == "colossalai_zero2_cpu" and device.device.type == "cuda"
+    return gradient / parallel.num_processes + (0 if on_host else sliced)
+
+
 def available_memory(device: torch.device) -> int:
-    """Bytes that this process could still get on `device`."""
+    """Bytes that this process could still get on `device`; of the host's memory, its share beside the others."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return min([psutil.virtual_memory().available, *room_in_cgroups()])
+    room = min([psutil.virtual_memory().available, *room_in_cgroups()])
+    return int(room) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def room_in_cgroups(proc: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> list[int]:

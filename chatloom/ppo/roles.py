@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chatloom.config import Lora, TrainPpoParams
+from chatloom.config import Lora, Placement, TrainPpoParams
 from chatloom.device import Device
 from chatloom.models.adapters import Role, adapter_parameters, add_adapter, load_adapter_state, merge_adapter
 from chatloom.models.checkpoint import ChatModel, load_on
@@ -54,6 +56,19 @@ def load_roles(sft: Path, reward: Path, params: TrainPpoParams, device: Device) 
         params.generation, params.generation_batch, sft, device, params.lora if params.method == "lora" else None
     )
     return Roles(policy, Role(backbone), reward_model, value_model, chat, engine)
+
+
+@contextmanager
+def set_aside(roles: Roles, placement: Placement) -> Iterator[None]:
+    """With `offload`, the models that only score are in the host's memory inside the block, where two others learn."""
+    learning = {id(role.model) for role in (roles.policy, roles.value_model)}
+    scoring = {id(role.model): role.model for role in (roles.ref_policy, roles.reward_model)}
+    idle = [model for key, model in scoring.items() if key not in learning and placement == "offload"]
+    for model in idle:
+        model.to("cpu")
+    yield
+    for model in idle:
+        model.to(roles.policy.model.device)
 
 
 def _add_value_adapter(reward_model: Role, reward_lora: Lora | None, params: TrainPpoParams) -> Any:

@@ -1,0 +1,147 @@
+"""Starting processes and ending them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from chatloom.config import Parallel
+from chatloom.errors import InputError
+from chatloom.parallel import launch
+from tests.conftest import ROOT
+
+TWO = Parallel(strategy="ddp", num_processes=2, hostfile=None)
+
+
+def test_the_first_failure_is_told_and_what_follows_from_it_is_not(tmp_path: Path) -> None:
+    def word(rank: int, at: float, follows: bool, text: str) -> None:
+        content = {"rank": rank, "at": at, "follows": follows, "text": text}
+        (tmp_path / f"{rank}.json").write_text(json.dumps(content))
+
+    assert launch.first_failure(tmp_path, {1: signal.SIGTERM}) == "a process ended without a word"
+    word(0, 1.0, True, "Connection closed by peer")
+    assert launch.first_failure(tmp_path, {}) == "rank 0: Connection closed by peer"
+    killed = launch.first_failure(tmp_path, {1: signal.SIGKILL, 2: signal.SIGTERM})
+    assert killed == "rank 1 was ended by SIGKILL (out of memory?); the other ranks were stopped"
+    word(3, 3.0, False, "later")
+    word(2, 2.0, False, "train_sft: the loss is nan")
+    assert launch.first_failure(tmp_path, {1: signal.SIGKILL}) == "rank 2: train_sft: the loss is nan"
+
+
+@pytest.mark.parametrize(
+    ("content", "processes", "message"),
+    [
+        (None, 2, r"parallel\.hostfile = '.*hosts': no such file"),
+        ("\n", 2, r"hosts: it names no host"),
+        ("127.0.0.1\n127.0.0.1\n", 2, r"hosts, line 2: '127\.0\.0\.1' is there already"),
+        ("127.0.0.1\n127.0.0.2\n", 3, r"num_processes = 3 cannot be shared by the 2 hosts"),
+    ],
+)
+def test_a_bad_hostfile_is_named(content: str | None, processes: int, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "hosts"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(InputError, match=message):
+        launch.read_hosts(Parallel(strategy="ddp", num_processes=processes, hostfile=str(file)))
+
+
+def test_a_host_that_does_not_answer_is_named() -> None:
+    launch.require_reachable("127.0.0.2", "hosts")
+    with pytest.raises(InputError, match=r"hosts: 'no-such-host\.invalid' cannot be reached on port 22 .*correct"):
+        launch.require_reachable("no-such-host.invalid", "hosts")
+
+
+def test_hosts_in_their_order(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("127.0.0.2\n\n 127.0.0.1 \n")
+    assert launch.read_hosts(TWO.model_copy(update={"hostfile": str(tmp_path / "hosts")})) == ["127.0.0.2", "127.0.0.1"]
+
+
+def test_slurm_is_understood() -> None:
+    environment = {"SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4"}
+    with pytest.raises(InputError, match="MASTER_ADDR is not set: export the name of the job's first node"):
+        launch._adopt_slurm(environment)
+    environment["MASTER_ADDR"] = "node0"
+    launch._adopt_slurm(environment)
+    found = {name: environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    assert found == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    alone = {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
+    launch._adopt_slurm(alone)
+    assert "RANK" not in alone
+
+
+# --- processes, connected and waiting for each other ---
+
+
+def start(folder: Path, hostfile: str = "", **environment: str) -> subprocess.Popen[str]:
+    """A launcher of the processes in tests/parallel/waiting.py."""
+    inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "NODE_RANK")}
+    inherited |= {"WAITING_FOLDER": str(folder), "WAITING_HOSTS": hostfile, "PYTHONPATH": str(ROOT)} | environment
+    command = [sys.executable, "-m", "tests.parallel.waiting"]
+    return subprocess.Popen(command, cwd=ROOT, env=inherited, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.05)
+
+
+def workers_in(folder: Path) -> list[int]:
+    """The ids of both processes by rank, once they are connected."""
+    wait_for(lambda: len(list(folder.glob("*.pid"))) == 2)
+    return [int(file.read_text()) for file in sorted(folder.glob("*.pid"))]
+
+
+def is_over(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.smoke
+def test_a_rank_that_is_killed_takes_all_down_and_is_named(tmp_path: Path) -> None:
+    launcher = start(tmp_path)
+    workers = workers_in(tmp_path)
+    os.kill(workers[1], signal.SIGKILL)
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1
+    assert "rank 1 was ended by SIGKILL" in errors
+    assert all(map(is_over, workers))
+
+
+@pytest.mark.smoke
+def test_processes_die_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    launcher = start(tmp_path)
+    workers = workers_in(tmp_path)
+    launcher.kill()
+    launcher.communicate(timeout=60)
+    wait_for(lambda: all(map(is_over, workers)))
+
+
+@pytest.mark.smoke
+def test_two_nodes_of_a_hostfile_meet_and_fail_together(tmp_path: Path) -> None:
+    """Two launchers on loopback, each with a process of its own."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1\n127.0.0.2\n")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    nodes = [start(tmp_path, str(hosts), NODE_RANK=str(node), MASTER_PORT=port) for node in (0, 1)]
+    workers = workers_in(tmp_path)
+    os.kill(workers[1], signal.SIGUSR2)
+    wait_for((tmp_path / "sum").is_file)
+    assert float((tmp_path / "sum").read_text()) == 1 + 2
+    os.kill(workers[1], signal.SIGUSR1)
+    errors = [node.communicate(timeout=60)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [1, 1]
+    assert "rank 1: Traceback (most recent call last)" in errors[1]
+    assert "ZeroDivisionError: in the middle of rank 1" in errors[1]
+    assert all(map(is_over, workers))
