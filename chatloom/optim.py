@@ -181,12 +181,21 @@ def saved_state(parts: Iterable[Mapping[str, Any]], i: int, parameter: Tensor) -
     """Master and Adam's state of parameter `i`, put together from what each rank saved, in the parameter's shape.
 
     A rank saves a tensor whole, a slice of it laid flat (the last one padded), or nothing of it.
+
+    Raises:
+        InputError: where they saved another model's.
     """
 
     def join(slices: Iterable[Tensor]) -> Tensor:
         return torch.cat([part.flatten() for part in slices])[: parameter.numel()].view(parameter.shape)
 
     holders = [part for part in parts if i < len(part["masters"])]
+    saved = sum(part["masters"][i].numel() for part in holders)
+    if not 0 <= saved - parameter.numel() < max(len(holders), 1):
+        raise InputError(
+            f"the saved state is of another model: its parameter {i} has {saved} numbers, this one's "
+            f"{parameter.numel()}; start with the model that was trained, or remove the state to start afresh"
+        )
     states = [part["moments"][i] for part in holders]
     moments = {name: join(state[name] for state in states) for name in ("exp_avg", "exp_avg_sq")}
     return join(part["masters"][i] for part in holders), {"step": states[0]["step"].clone(), **moments}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import deque
@@ -137,14 +138,16 @@ def end_tree(pid: int, seconds: float = SECONDS_TO_END, *, top: bool = True) -> 
     """SIGTERM to a process and all below; SIGKILL to what is left after `seconds`, or once we are told to stop again.
 
     Args:
-        top: False where the process ends by itself when those below it have: DVC then frees its locks.
+        top: False where the process ends by itself when those below it have: DVC then frees its locks. Who is in a
+            session of its own, as the ranks of a stage are, is then told by the process that started it, and so once.
     """
     process = psutil.Process(pid)
-    below = process.children(recursive=True)
+    session, below = os.getsid(pid), process.children(recursive=True)
     try:
         for one in [*below, process] if top or not below else below:
-            with suppress(psutil.NoSuchProcess):
-                one.terminate()
+            with suppress(psutil.NoSuchProcess, ProcessLookupError):
+                if top or os.getsid(one.pid) == session:
+                    one.terminate()
         psutil.wait_procs([*below, process], timeout=seconds)
     finally:
         for one in (*below, process):

@@ -11,6 +11,7 @@ import ctypes
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,7 +20,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import psutil
@@ -36,8 +39,6 @@ GRACE_S = 24 * 3600
 be less patient, and kill the launcher, with whom they all die."""
 PORT = int(os.environ.get("MASTER_PORT", "29500"))
 """Where the processes of several nodes meet."""
-MEETING_S = 300
-"""Seconds that a node waits for the others."""
 SSH_PORT, REACH_S = 22, 5
 _SET_PARENT_DEATH_SIGNAL = 1
 
@@ -140,7 +141,40 @@ def _start_everywhere(module: str, hosts: list[str], processes: int, hostfile: s
     command = [str(Path(sys.executable).with_name("colossalai")), "run", "--hostfile", hostfile]
     command += ["--nproc_per_node", str(processes), "--master_addr", hosts[0], "--master_port", str(PORT), "-m", module]
     log.info("%s", " ".join(command))
-    return subprocess.run(command, check=False).returncode
+    # It starts `torchrun` by that name.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    environment = in_double_quotes({**os.environ, "PATH": path})
+    runner = subprocess.Popen(command, env=environment, start_new_session=True)
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        os.killpg(runner.pid, number)  # all that it started here, which it would leave behind
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        status = runner.wait()
+        while is_left(runner.pid):  # it ends at once where it is told to; what it started saves its state first
+            time.sleep(0.1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status
+
+
+def is_left(group: int) -> bool:
+    """Whether a process of this group is running."""
+    for process in psutil.process_iter(["status"]):
+        with suppress(ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                return True
+    return False
+
+
+def in_double_quotes(environment: Mapping[str, str]) -> dict[str, str]:
+    """Values that mean themselves where `colossalai run` puts them: between double quotes, into a shell's `export`.
+
+    Names that a shell does not take are left out: those of bash's own functions.
+    """
+    return {name: re.sub(r'([\\"$`])', r"\\\1", value) for name, value in environment.items() if name.isidentifier()}
 
 
 def _start_here(module: str, hosts: list[str], processes: int) -> int:
@@ -150,6 +184,9 @@ def _start_here(module: str, hosts: list[str], processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from chatloom.parallel.ranks import MEETING
+
+    patience = int(MEETING.total_seconds())
     # Its own account of failures repeats ours at length.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     if len(hosts) == 1:
@@ -158,7 +195,7 @@ def _start_here(module: str, hosts: list[str], processes: int) -> int:
         meeting = {
             "rdzv_backend": "static",
             "rdzv_endpoint": f"{hosts[0]}:{PORT}",
-            "rdzv_configs": {"rank": int(os.environ["NODE_RANK"]), "timeout": MEETING_S},
+            "rdzv_configs": {"rank": int(os.environ["NODE_RANK"]), "timeout": patience},
         }
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with tempfile.TemporaryDirectory() as failures:
@@ -182,7 +219,7 @@ def _start_here(module: str, hosts: list[str], processes: int) -> int:
             return 128 + int(stopped.sigval)
         except DistError as error:
             raise InputError(
-                f"parallel.hostfile: {hosts[0]}:{PORT}, where the nodes meet, was not reached in {MEETING_S} s; start "
+                f"parallel.hostfile: {hosts[0]}:{PORT}, where the nodes meet, was not reached in {patience} s; start "
                 "the command there too, with NODE_RANK=0, or correct the file's first line"
             ) from error
         finally:

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from chatloom.config import Parallel
 from chatloom.errors import InputError
@@ -21,6 +22,8 @@ from chatloom.errors import InputError
 T = TypeVar("T")
 R = TypeVar("R")
 
+MEETING = timedelta(minutes=10)
+"""In which all ranks have to come together, whoever starts them."""
 TIMEOUT = timedelta(minutes=30)
 """A rank that waits longer for the others gives up; one that died is noticed at once."""
 
@@ -123,7 +126,7 @@ def connect(section: str, parallel: Parallel, device: torch.device) -> Iterator[
     A process finds the others by the environment that its launcher set (`chatloom.parallel.launch`).
 
     Raises:
-        InputError: where there are not as many of them as `num_processes` says.
+        InputError: where there are not as many of them as `num_processes` says, or not all of them come.
     """
     if parallel.strategy == "none":
         yield ALONE
@@ -139,9 +142,27 @@ def connect(section: str, parallel: Parallel, device: torch.device) -> Iterator[
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        store, rank, size = _meet()
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     yield Ranks(dist.get_rank(), dist.get_world_size())
     # After an error it is left to the end of the process: the other side may be gone.
     dist.destroy_process_group()
+
+
+def _meet() -> tuple[Store, int, int]:
+    """The store through which the ranks find each other, this one's rank, and their number, once all are there."""
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        store, rank, size = next(iter(rendezvous("env://", timeout=MEETING)))
+        store.set(f"here/{rank}", "yes")
+        store.wait([f"here/{other}" for other in range(size)], MEETING)
+    except dist.DistError as error:
+        raise InputError(
+            f"rank {os.environ['RANK']} did not meet all {os.environ['WORLD_SIZE']} ranks at {place} within "
+            f"{MEETING.total_seconds():.0f} s; start the stage on every node, with the name of the first node, that "
+            "the others can reach, as MASTER_ADDR"
+        ) from error
+    store.set_timeout(TIMEOUT)
+    return PrefixStore("ranks", store), rank, size

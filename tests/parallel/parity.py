@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,16 @@ from chatloom.config import (
 from chatloom.data.comparisons import Comparison
 from chatloom.data.examples import Example
 from chatloom.device import Device
+from chatloom.errors import InputError
 from chatloom.models.adapters import Role, add_adapter
 from chatloom.models.base import make_base_model
 from chatloom.models.checkpoint import load_on
 from chatloom.models.head import ScalarHead
 from chatloom.models.reward_model import ADAPTER, save_reward_model
+from chatloom.optim import ParameterGroup
 from chatloom.parallel.launch import is_worker, run_worker, start_workers
 from chatloom.parallel.ranks import ALONE, Ranks, connect
+from chatloom.parallel.strategies import open_updates
 from chatloom.ppo.loop import train_ppo
 from chatloom.ppo.roles import load_roles
 from chatloom.resume import Checkpoints
@@ -54,6 +57,10 @@ RESUMED = ("sft/full/float32/colossalai_zero2", "ppo/lora/float32/colossalai_zer
 """Cases that are also killed in the middle and resumed."""
 ROWS = 8  # of a step, whatever the number of processes
 STEPS = 20
+LEGS = {4: ("colossalai_zero2", 6), 1: ("ddp", 11), 2: ("colossalai_gemini", None)}
+"""One run that is handed on: by the number of processes their strategy, and the step at whose end they are killed."""
+LEG, DIFFERENT = "leg", "different"
+"""In the list of cases: the leg of that run, and what ranks are told that do not bring the same."""
 OPTIMIZER = {
     "lr": 1e-3,
     "weight_decay": 0.01,
@@ -223,17 +230,91 @@ def run(
     return curves
 
 
+def processes(size: int) -> Parallel:
+    return Parallel(strategy="ddp", num_processes=size, hostfile=None)
+
+
 def run_together(cases: list[str], size: int, folder: Path) -> dict[str, Curves]:
     """The curves of each case, by `size` processes that are started once for all of them."""
     os.environ |= {CASES: json.dumps([size, cases]), FOLDER: str(folder)}
-    status = start_workers("tests.parallel.parity", Parallel(strategy="ddp", num_processes=size, hostfile=None))
+    status = start_workers("tests.parallel.parity", processes(size))
     assert status == 0, "the processes say why on stderr"
     found: dict[str, Curves] = json.loads((folder / "curves.json").read_text())
     return found
 
 
-def states(case: str, folder: Path, ranks: Ranks) -> Checkpoints:
-    return Checkpoints(folder / "states" / case, {"case": case}, STEPS // 2, ranks=ranks)
+def states(case: str, folder: Path, ranks: Ranks, every: int = STEPS // 2) -> Checkpoints:
+    return Checkpoints(folder / "states" / case, {"case": case}, every, ranks=ranks)
+
+
+def run_leg(folder: Path, ranks: Ranks) -> Curves:
+    """The leg of `LEGS` that so many processes run.
+
+    Returns:
+        Its curves if it gets to the end; and how far what its optimizer took over is from what was saved.
+    """
+    strategy, kill_at = LEGS[ranks.size]
+    case = f"sft/full/bfloat16/{strategy}"
+    found = {} if strategy == "colossalai_zero2" else {"taken over": taken_over(case, folder, ranks)}
+    with suppress(Killed):
+        found |= run(case, folder, ranks, states(LEG, folder, ranks, every=5), kill_at)
+    return found
+
+
+def taken_over(case: str, folder: Path, ranks: Ranks) -> list[float]:
+    """The largest change of masters, of both moments and of rounded weights when a state is loaded."""
+    model = load_on(folder / "base", Device(torch.device(DEVICE), torch.bfloat16)).model
+    parameters = Role(model).parameters()
+    p = train_sft_params("full", case.rsplit("/", 1)[1], ranks.size)
+    optimizer = open_updates([ParameterGroup(parameters, 1e-3)], p.optimizer, p.parallel, ranks)
+    saved = states(LEG, folder, ranks).load()
+    assert saved is not None
+    before = saved[1]["optimizer"]
+    optimizer.load_state_dict(*before)
+    after = ranks.gather(optimizer.state_dict())
+    optimizer.finish()
+    gaps = [0.0, 0.0, 0.0, 0.0]
+    for i, parameter in enumerate(parameters):
+        old, new = ([laid_flat(parts, i, name)[: parameter.numel()] for name in MOMENTS] for parts in (before, after))
+        new.append(parameter.detach().float().flatten())
+        old.append(old[0].bfloat16().float())
+        assert all(tensor.any() for tensor in old), "of weights that were trained"
+        gaps = [max(gap, float((a - b).abs().max())) for gap, a, b in zip(gaps, old, new, strict=True)]
+    return gaps
+
+
+MOMENTS = ("masters", "exp_avg", "exp_avg_sq")
+
+
+def laid_flat(parts: Sequence[Mapping[str, Any]], i: int, name: str) -> torch.Tensor:
+    """What all ranks saved of parameter `i`, its master or one of its moments, one after another."""
+    holders = [part for part in parts if i < len(part["masters"])]
+    found = [part["masters"][i] if name == "masters" else part["moments"][i][name] for part in holders]
+    return torch.cat([tensor.flatten() for tensor in found])
+
+
+def told(folder: Path, ranks: Ranks) -> list[str]:
+    """What training says where the second rank has other params, other rows, or other weights than the first."""
+    found = []
+    for what in ("params", "rows", "weights"):
+        model = load_on(folder / "base", Device(torch.device(DEVICE), torch.float32)).model
+        p, rows = train_sft_params("full", "ddp", ranks.size), examples(37, seed=2)
+        if ranks.rank == 1:
+            if what == "params":
+                p = p.model_copy(update={"max_steps": 21})
+            elif what == "rows":
+                rows[5] = rows[6]
+            else:
+                model.lm_head.weight.data[0, 0] += 1
+        try:
+            train_sft(Role(model), rows, {}, p, torch.device(DEVICE), no_step, None, ranks)
+        except InputError as error:
+            found.append(str(error))
+    return found
+
+
+def no_step(step: int, metrics: Mapping[str, float]) -> None:
+    raise AssertionError("it trains")
 
 
 def difference(curves: Curves, alone: Curves) -> dict[str, float]:
@@ -250,9 +331,15 @@ def worker() -> None:
     torch.set_num_threads(1)
     size, cases = json.loads(os.environ[CASES])
     folder = Path(os.environ[FOLDER])
-    with connect("parity", Parallel(strategy="ddp", num_processes=size, hostfile=None), torch.device(DEVICE)) as ranks:
+    with connect("parity", processes(size), torch.device(DEVICE)) as ranks:
         curves = {}
         for case in cases:
+            if case == LEG:
+                curves[LEG] = run_leg(folder, ranks)
+                continue
+            if case == DIFFERENT:
+                (folder / f"told-{ranks.rank}.json").write_text(json.dumps(told(folder, ranks)))
+                continue
             curves[case] = run(case, folder, ranks)
             if case in RESUMED:
                 with suppress(Killed):
@@ -275,7 +362,8 @@ def main() -> None:
             for dtype in ("float32", "bfloat16")
             for strategy in DATA_PARALLEL
         ]
-        cases += [f"{stage}/full/bfloat16/colossalai_gemini" for stage in ("sft", "reward")]
+        for stage in ("sft", "reward"):
+            cases += [f"{stage}/full/bfloat16/colossalai_gemini"]
         cases = [case for case in cases if any(part in case for part in chosen)]
         together = run_together(cases, size, folder)
         for case in cases:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -66,6 +66,23 @@ def test_hosts_in_their_order(tmp_path: Path) -> None:
     assert launch.read_hosts(TWO.model_copy(update={"hostfile": str(tmp_path / "hosts")})) == ["127.0.0.2", "127.0.0.1"]
 
 
+def test_a_shell_gives_back_what_was_put_into_double_quotes() -> None:
+    value = 'a "quoted" word, $HOME, `id`, a \\ and 你'
+    (quoted,) = launch.in_double_quotes({"A_NAME": value, "BASH_FUNC_which%%": "() { :; }"}).values()
+    script = f'export A_NAME="{quoted}" && printf %s "$A_NAME"'
+    assert subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout == value
+
+
+def test_a_group_is_left_until_its_last_process_is_gone() -> None:
+    group = subprocess.Popen(["bash", "-c", "sleep 300 & echo $!"], stdout=subprocess.PIPE, start_new_session=True)
+    assert group.stdout is not None
+    last = int(group.stdout.readline())
+    group.wait()
+    assert launch.is_left(group.pid)
+    os.kill(last, signal.SIGKILL)
+    wait_for(lambda: not launch.is_left(group.pid))
+
+
 def test_slurm_is_understood() -> None:
     environment = {"SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4"}
     with pytest.raises(InputError, match="MASTER_ADDR is not set: export the name of the job's first node"):
@@ -82,12 +99,32 @@ def test_slurm_is_understood() -> None:
 # --- processes, connected and waiting for each other ---
 
 
-def start(folder: Path, hostfile: str = "", **environment: str) -> subprocess.Popen[str]:
-    """A launcher of the processes in tests/parallel/waiting.py."""
-    inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "NODE_RANK")}
-    inherited |= {"WAITING_FOLDER": str(folder), "WAITING_HOSTS": hostfile, "PYTHONPATH": str(ROOT)} | environment
-    command = [sys.executable, "-m", "tests.parallel.waiting"]
-    return subprocess.Popen(command, cwd=ROOT, env=inherited, stderr=subprocess.PIPE, text=True)
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts tests/parallel/waiting.py: a launcher of its processes, or one of them if the environment says so."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(hostfile: str = "", **environment: str) -> subprocess.Popen[str]:
+        inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "NODE_RANK")}
+        inherited |= {"WAITING_FOLDER": str(tmp_path), "WAITING_HOSTS": hostfile, "PYTHONPATH": str(ROOT)} | environment
+        command = [sys.executable, "-m", "tests.parallel.waiting"]
+        started.append(subprocess.Popen(command, cwd=ROOT, env=inherited, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:  # the test has failed
+            for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+                one.kill()
+            process.communicate()
+
+
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -108,8 +145,8 @@ def is_over(pid: int) -> bool:
 
 
 @pytest.mark.smoke
-def test_a_rank_that_is_killed_takes_all_down_and_is_named(tmp_path: Path) -> None:
-    launcher = start(tmp_path)
+def test_a_rank_that_is_killed_takes_all_down_and_is_named(start: Start, tmp_path: Path) -> None:
+    launcher = start()
     workers = workers_in(tmp_path)
     os.kill(workers[1], signal.SIGKILL)
     _, errors = launcher.communicate(timeout=60)
@@ -119,8 +156,8 @@ def test_a_rank_that_is_killed_takes_all_down_and_is_named(tmp_path: Path) -> No
 
 
 @pytest.mark.smoke
-def test_processes_die_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
-    launcher = start(tmp_path)
+def test_processes_die_with_a_launcher_that_is_killed(start: Start, tmp_path: Path) -> None:
+    launcher = start()
     workers = workers_in(tmp_path)
     launcher.kill()
     launcher.communicate(timeout=60)
@@ -128,20 +165,52 @@ def test_processes_die_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.smoke
-def test_two_nodes_of_a_hostfile_meet_and_fail_together(tmp_path: Path) -> None:
+def test_two_nodes_of_a_hostfile_meet_and_fail_together(start: Start, tmp_path: Path) -> None:
     """Two launchers on loopback, each with a process of its own."""
     hosts = tmp_path / "hosts"
     hosts.write_text("127.0.0.1\n127.0.0.2\n")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-    nodes = [start(tmp_path, str(hosts), NODE_RANK=str(node), MASTER_PORT=port) for node in (0, 1)]
-    workers = workers_in(tmp_path)
-    os.kill(workers[1], signal.SIGUSR2)
-    wait_for((tmp_path / "sum").is_file)
-    assert float((tmp_path / "sum").read_text()) == 1 + 2
-    os.kill(workers[1], signal.SIGUSR1)
-    errors = [node.communicate(timeout=60)[1] for node in nodes]
-    assert [node.returncode for node in nodes] == [1, 1]
+    port = free_port()
+    nodes = [start(str(hosts), NODE_RANK=str(node), MASTER_PORT=port) for node in (0, 1)]
+    errors = sum_and_fail(nodes, tmp_path)
     assert "rank 1: Traceback (most recent call last)" in errors[1]
     assert "ZeroDivisionError: in the middle of rank 1" in errors[1]
+
+
+def sum_and_fail(started: list[subprocess.Popen[str]], folder: Path) -> list[str]:
+    """Both ranks add up their numbers, then the second one fails, and all that was started ends; what each said."""
+    workers = workers_in(folder)
+    os.kill(workers[1], signal.SIGUSR2)
+    wait_for((folder / "sum").is_file)
+    assert float((folder / "sum").read_text()) == 1 + 2
+    os.kill(workers[1], signal.SIGUSR1)
+    errors = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [1] * len(started)
     assert all(map(is_over, workers))
+    return errors
+
+
+@pytest.mark.smoke
+def test_one_command_starts_the_nodes_of_a_hostfile_by_colossalai_run(start: Start, tmp_path: Path) -> None:
+    """Both names are this machine, which `colossalai run` reaches without ssh."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1\nlocalhost\n")
+    (errors,) = sum_and_fail([start(str(hosts), MASTER_PORT=free_port())], tmp_path)
+    assert "ZeroDivisionError: in the middle of rank 1" in errors
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("by", "environment"),
+    [
+        ("Kubernetes", {"RANK": "{rank}", "WORLD_SIZE": "2"}),
+        ("SLURM", {"SLURM_PROCID": "{rank}", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}),
+    ],
+)
+def test_ranks_that_others_start_find_each_other(
+    by: str, environment: dict[str, str], start: Start, tmp_path: Path
+) -> None:
+    """By what a PyTorchJob or `srun` puts into the environment of each."""
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = [{name: text.format(rank=rank) for name, text in environment.items()} for rank in (0, 1)]
+    errors = sum_and_fail([start(**rank, **meeting) for rank in ranks], tmp_path)
+    assert "ZeroDivisionError: in the middle of rank 1" in errors[1]

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from chatloom.parallel.ranks import ALONE
-from tests.parallel.parity import RESUMED, STEPS, Curves, difference, make_models, run, run_together, states
+from chatloom.parallel.ranks import ALONE, connect
+from tests.parallel.parity import (
+    DIFFERENT,
+    LEG,
+    RESUMED,
+    STEPS,
+    Curves,
+    difference,
+    make_models,
+    processes,
+    run,
+    run_leg,
+    run_together,
+    states,
+)
 
 # The largest difference at any step, as a share of the curve's largest value. float32: rounding only; KL is a
 # difference of nearly equal numbers, and Adam turns the rounding of tiny gradients into steps.
@@ -22,17 +36,31 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parity")
+    make_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(folder: Path) -> dict[str, Curves]:
+    """What two processes do, started once for all; their leg of the run that is handed on is the last one."""
+    run_together([LEG], 4, folder)
+    with connect("parity", processes(1), torch.device("cpu")) as one:
+        in_one = run_leg(folder, one)
+    return run_together([*CASES, LEG, DIFFERENT], 2, folder) | {"leg of one": in_one}
+
+
 @pytest.mark.smoke
-def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
-    make_models(tmp_path)
-    together = run_together(list(CASES), 2, tmp_path)
+def test_two_processes_train_as_one_does(folder: Path, together: dict[str, Curves]) -> None:
     for case, tolerance in CASES.items():
-        alone = run(f"{case.rsplit('/', 1)[0]}/none", tmp_path, ALONE)
+        alone = run(f"{case.rsplit('/', 1)[0]}/none", folder, ALONE)
         gaps = difference(together[case], alone)
         assert max(gaps.values()) < tolerance, (case, gaps)
         name, curve = next(iter(alone.items()))
         if case in RESUMED:
-            assert_goes_on(case, tolerance, together, alone, tmp_path)
+            assert_goes_on(case, tolerance, together, alone, folder)
         assert max(curve) - min(curve) > 2 * tolerance * max(curve), f"{case}: {name} hardly moves and shows nothing"
 
 
@@ -45,6 +73,32 @@ def assert_goes_on(case: str, tolerance: float, together: dict[str, Curves], alo
     resumed = run(f"{case.rsplit('/', 1)[0]}/none", folder, ALONE, states(case, folder, ALONE))
     gaps = difference(resumed, {name: values[-STEPS // 2 :] for name, values in alone.items()})
     assert max(gaps.values()) < tolerance, (case, gaps)
+
+
+@pytest.mark.smoke
+def test_a_run_goes_from_zero2_on_four_to_ddp_on_one_to_gemini_on_two(
+    folder: Path, together: dict[str, Curves]
+) -> None:
+    """Weights, masters and moments are those that were saved, bit for bit; the rest of the curve is that of one run."""
+    assert together["leg of one"] == {"taken over": [0.0] * 4}
+    leg = dict(together[LEG])
+    assert leg.pop("taken over") == [0.0] * 4
+    alone = run("sft/full/bfloat16/none", folder, ALONE)
+    gaps = difference(leg, {name: values[-len(leg[name]) :] for name, values in alone.items()})
+    assert len(leg["train/loss"]) == STEPS // 2
+    assert max(gaps.values()) < 5e-3, gaps
+
+
+@pytest.mark.smoke
+@pytest.mark.usefixtures("together")
+def test_ranks_with_other_params_rows_or_weights_are_told_before_the_first_step(folder: Path) -> None:
+    for rank in (0, 1):
+        said = json.loads((folder / f"told-{rank}.json").read_text())
+        assert [message.split(":")[0] for message in said] == [
+            "ranks 0 and 1 have different params",
+            "ranks 0 and 1 have different rows",
+            "ranks 0 and 1 have different weights",
+        ]
 
 
 @pytest.mark.gpu

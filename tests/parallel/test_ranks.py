@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from datetime import timedelta
 from itertools import chain
 
 import pytest
@@ -59,6 +61,22 @@ def test_another_number_of_processes_than_params_say_is_named(monkeypatch: pytes
     two = Parallel(strategy="ddp", num_processes=2, hostfile=None)
     with (
         pytest.raises(InputError, match=r"train_sft\.parallel\.num_processes = 2, and 3 processes were started"),
+        connect("train_sft", two, torch.device("cpu")),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ranks_that_do_not_come_are_told_where_they_were_waited_for(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    environment = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("chatloom.parallel.ranks.MEETING", timedelta(seconds=1))
+    two = Parallel(strategy="ddp", num_processes=2, hostfile=None)
+    with (
+        pytest.raises(InputError, match=rf"rank {rank} did not meet all 2 ranks at 127\.0\.0\.1:{port} within 1 s"),
         connect("train_sft", two, torch.device("cpu")),
     ):
         pass

@@ -119,14 +119,25 @@ def test_a_broken_pipeline_says_so(checkout: Path, reproduction: Reproduction) -
         changed_stages(reproduction)
 
 
-TRAINS = """
+RANK = """
 import signal, time
 from pathlib import Path
-signal.signal(signal.SIGTERM, lambda *_: Path("asked").open("a").write("x"))
+signal.signal(signal.SIGTERM, lambda *_: Path("rank asked").open("a").write("x"))
 Path("ready").touch()
 while not Path("step is over").exists():
     time.sleep(0.02)
 Path("saved").touch()
+"""
+# As the launcher of a stage in several processes does, which passes on what it is told.
+TRAINS = f"""
+import signal, subprocess, sys
+from pathlib import Path
+def asked(*_):
+    Path("asked").open("a").write("x")
+    rank.terminate()
+signal.signal(signal.SIGTERM, asked)
+rank = subprocess.Popen([sys.executable, "-c", {RANK!r}], start_new_session=True)
+rank.wait()
 raise SystemExit(143)
 """
 RUNS = """
@@ -149,7 +160,7 @@ def test_a_stage_is_told_once_to_stop_and_outlives_nobody(way: str, checkout: Pa
     runner = subprocess.Popen(command, cwd=checkout, env=environment, start_new_session=True)
     wait_for(checkout / "ready", runner)
     tree = psutil.Process(runner.pid).children(recursive=True)
-    assert len(tree) >= 3, "DVC, a shell and the stage"
+    assert len(tree) >= 4, "DVC, a shell, the stage and its rank"
     if way == "group":
         os.killpg(runner.pid, signal.SIGTERM)
     else:
@@ -164,6 +175,7 @@ def test_a_stage_is_told_once_to_stop_and_outlives_nobody(way: str, checkout: Pa
     assert (checkout / "asked").read_text() == "x"
     assert (checkout / "saved").exists() == (way != "twice")
     if way != "twice":
+        assert (checkout / "rank asked").read_text() == "x"
         assert json.loads((checkout / ".dvc/tmp/rwlock").read_text()) == {}, "DVC freed its locks"
 
 
