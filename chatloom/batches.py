@@ -45,8 +45,8 @@ def steps(
 
 def microbatches(rows: Sequence[T], sizes: Sequence[int], batch_size: int, ranks: Ranks) -> list[list[T]]:
     """This rank's share of `rows` in as many microbatches as every other rank's, the last ones being empty."""
-    parts = shares(sizes, ranks.size)
-    own = chunks([rows[i] for i in parts[ranks.rank]], batch_size)
+    parts = shares(sizes, ranks.data_size)
+    own = chunks([rows[i] for i in parts[ranks.data_rank]], batch_size)
     most = -(-max(map(len, parts)) // batch_size)
     return own + [[] for _ in range(most - len(own))]
 
@@ -56,4 +56,4 @@ def chunks(rows: Sequence[T], size: int) -> list[list[T]]:
 
 
 def _rows_per_step(params: Training, ranks: Ranks) -> int:
-    return params.batch_size * params.accumulation_steps * ranks.size
+    return params.batch_size * params.accumulation_steps * ranks.data_size

@@ -221,6 +221,8 @@ class Parallel(Section):
     """Who keeps which part of the model, its gradients and the optimizer's state (`docs/parallel.md`)."""
     num_processes: Positive
     """Of all nodes together; the stage's own command starts them."""
+    tensor_size: Positive
+    """Neighbouring processes that hold one model in slices and take the same rows; above 1 with `colossalai_hybrid`."""
     hostfile: str | None
     """File with the nodes' names, one a line, the leading one first; null trains on this machine alone."""
 
@@ -228,6 +230,16 @@ class Parallel(Section):
     def _agree(self) -> Self:
         if self.strategy == "none" and self.num_processes != 1:
             raise ValueError("parallel.num_processes above 1 needs a parallel.strategy other than 'none'")
+        if (self.strategy == "colossalai_hybrid") != (self.tensor_size > 1):
+            raise ValueError(
+                f"parallel.tensor_size = {self.tensor_size} with parallel.strategy = {self.strategy!r}: give "
+                "colossalai_hybrid a size above 1, and every other strategy 1"
+            )
+        if self.num_processes % self.tensor_size:
+            raise ValueError(
+                f"parallel.tensor_size = {self.tensor_size} does not divide parallel.num_processes = "
+                f"{self.num_processes}; give a divisor"
+            )
         return self
 
 
@@ -249,7 +261,7 @@ class Training(Section):
     optimizer: Optimizer
     parallel: Parallel
     batch_size: Positive
-    """Rows of one microbatch (one backward pass) in one process."""
+    """Rows of one microbatch (one backward pass) in one process, or in `tensor_size` of them together."""
     accumulation_steps: Positive
     """Microbatches of one optimizer step."""
     num_epochs: Positive

@@ -29,7 +29,7 @@ class Updates(Protocol):
     """What a loop needs of a strategy (`chatloom.parallel.strategies`): gradients in, updated parameters out."""
 
     whole_weights: bool
-    """Whether each rank has all weights, so that ranks may look at different numbers of held-out rows."""
+    """Whether ranks with different rows need nothing of each other to look at them, and so may look at any number."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of this rank's part of the loss to those of the optimizer step that is under way."""
@@ -108,15 +108,22 @@ class MasterAdamW:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    @torch.no_grad()
-    def step(self, lr_factor: float, stage: str, step: int) -> float:
+    def gradients(self, *, summed: bool) -> list[Tensor]:
+        """Those of this rank since the last step, in the order of the parameters; what is changed here is stepped with.
+
+        Args:
+            summed: they will be summed over ranks, and, as over microbatches, in float32.
+        """
         for parameter, _ in self._pairs:
             gradient = self._gradients.get(parameter)
             if gradient is None:
                 gradient = torch.zeros_like(parameter)
-            # Over the ranks, as over microbatches, gradients are summed in float32.
-            self._gradients[parameter] = gradient.float() if self.ranks.size > 1 else gradient
-        self.ranks.sum_tensors([self._gradients[parameter] for parameter, _ in self._pairs])
+            self._gradients[parameter] = gradient.float() if summed else gradient
+        return [self._gradients[parameter] for parameter, _ in self._pairs]
+
+    @torch.no_grad()
+    def step(self, lr_factor: float, stage: str, step: int) -> float:
+        self.ranks.sum_tensors(self.gradients(summed=self.ranks.size > 1))
         for group in self.adamw.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor
         if self._library is not None:

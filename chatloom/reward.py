@@ -144,7 +144,7 @@ def train_reward(
         weights=lambda: [weights_hash(reward_model.model)],
     )
     groups = [ParameterGroup(reward_model.parameters(), params.optimizer.lr)]
-    optimizer = open_updates(groups, params.optimizer, params.parallel, ranks)
+    optimizer = open_updates(groups, params.optimizer, params.parallel, ranks, reward_model.model)
     looking = ranks if optimizer.whole_weights else ALONE  # who share the held-out rows
     held_out = held_out[: params.eval_rows]
     saved = checkpoints.load() if checkpoints is not None else None

@@ -62,7 +62,7 @@ def train_sft(
         weights=lambda: [weights_hash(policy.model)],
     )
     groups = [ParameterGroup(policy.parameters(), params.optimizer.lr)]
-    optimizer = open_updates(groups, params.optimizer, params.parallel, ranks)
+    optimizer = open_updates(groups, params.optimizer, params.parallel, ranks, policy.model)
     looking = ranks if optimizer.whole_weights else ALONE  # who share the held-out rows
     saved = checkpoints.load() if checkpoints is not None else None
     if saved is not None:

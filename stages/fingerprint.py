@@ -38,7 +38,8 @@ def fingerprint(stage: str, params: Params, pipeline: Path = Path("dvc.yaml")) -
 def _drop_layout(section: dict[str, Any]) -> None:
     """Leave what a step's rows are, and not how many processes share them by which strategy: rounding apart, any number
     of them goes on from the state of any other."""
-    processes = section.pop("parallel")["num_processes"]
+    parallel = section.pop("parallel")
+    processes = parallel["num_processes"] // parallel["tensor_size"]
     rows = section.pop("batch_size")
     if "accumulation_steps" in section:
         section["rows_per_step"] = rows * section.pop("accumulation_steps") * processes

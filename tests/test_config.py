@@ -73,8 +73,18 @@ def set_in(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
         ("train_sft.parallel.num_processes", 4, "needs a parallel.strategy other than 'none'"),
         (
             "train_ppo.parallel",
-            {"strategy": "ddp", "num_processes": 3, "hostfile": None},
+            {"strategy": "ddp", "num_processes": 3, "tensor_size": 1, "hostfile": None},
             "parallel.num_processes = 3 does not divide rollout_batch / num_minibatches",
+        ),
+        (
+            "train_sft.parallel",
+            {"strategy": "colossalai_hybrid", "num_processes": 4, "tensor_size": 3, "hostfile": None},
+            "parallel.tensor_size = 3 does not divide parallel.num_processes = 4; give a divisor",
+        ),
+        (
+            "train_sft.parallel",
+            {"strategy": "colossalai_zero2", "num_processes": 4, "tensor_size": 2, "hostfile": None},
+            "parallel.tensor_size = 2 with parallel.strategy = 'colossalai_zero2': give colossalai_hybrid a size",
         ),
         ("quantize.bits", 5, "p.yaml: quantize.bits = 5: input should be 2, 3, 4 or 8"),
         ("prepare_data.split_weights", {"sft": 1}, "split_weights lacks ['eval', 'ppo', 'ptx', 'reward']"),

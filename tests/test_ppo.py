@@ -53,7 +53,7 @@ def params(lora: Lora, optimizer: Optimizer, **changes: object) -> TrainPpoParam
         "lora": lora,
         "optimizer": optimizer,
         "value_lr": 1e-3,
-        "parallel": Parallel(strategy="none", num_processes=1, hostfile=None),
+        "parallel": Parallel(strategy="none", num_processes=1, tensor_size=1, hostfile=None),
         "num_steps": 2,
         "rollout_batch": 4,
         "generation_batch": 4,

@@ -338,4 +338,4 @@ def test_available_memory_of_a_gpu() -> None:
 def test_optimizer_memory_of_a_process_by_hand(strategy: Strategy, expected: float) -> None:
     """Of a bfloat16 parameter on one of four GPUs: 12 bytes of master and moments, 4 of their gradient, 2 its own."""
     gpu = Device(torch.device("cuda"), torch.bfloat16)
-    assert optimizer_bytes(Parallel(strategy=strategy, num_processes=4, hostfile=None), gpu) == expected
+    assert optimizer_bytes(Parallel(strategy=strategy, num_processes=4, tensor_size=1, hostfile=None), gpu) == expected

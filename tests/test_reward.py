@@ -42,7 +42,7 @@ def params(lora: Lora, optimizer: Optimizer, **changes: object) -> TrainRewardPa
         "method": "full",
         "lora": lora,
         "optimizer": optimizer,
-        "parallel": Parallel(strategy="none", num_processes=1, hostfile=None),
+        "parallel": Parallel(strategy="none", num_processes=1, tensor_size=1, hostfile=None),
         "batch_size": 2,
         "accumulation_steps": 1,
         "num_epochs": 12,

@@ -18,7 +18,7 @@ from chatloom.models.adapters import Role, add_adapter
 from chatloom.models.checkpoint import ChatModel
 from chatloom.optim import lr_factor
 from chatloom.packing import pack
-from chatloom.parallel.strategies import require_runnable
+from chatloom.parallel.strategies import require_divisible, require_runnable
 from chatloom.sft import sft_loss, train_sft
 from tests.conftest import ROOT
 
@@ -31,7 +31,7 @@ def params(lora: Lora, optimizer: Optimizer, **changes: object) -> TrainSftParam
         "method": "full",
         "lora": lora,
         "optimizer": optimizer.model_copy(update={"lr": 1e-2}),
-        "parallel": Parallel(strategy="none", num_processes=1, hostfile=None),
+        "parallel": Parallel(strategy="none", num_processes=1, tensor_size=1, hostfile=None),
         "batch_size": 2,
         "accumulation_steps": 2,
         "num_epochs": 20,
@@ -147,15 +147,31 @@ def test_earlier_assistant_turns_count_in_a_row() -> None:
 
 
 @pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (3, "tensor_size = 3 does not divide the model's 4 attention heads; give one that does"),
+        (4, "tensor_size = 4 does not divide the model's 2 key and value heads"),
+    ],
+)
+def test_a_tensor_size_that_does_not_fit_the_model_is_named(chat: ChatModel, size: int, message: str) -> None:
+    require_divisible(chat.model.config, 2)
+    with pytest.raises(InputError, match=message):
+        require_divisible(chat.model.config, size)
+
+
+@pytest.mark.parametrize(
     ("section", "method", "strategy", "message"),
     [
-        ("train_sft", "full", "colossalai_hybrid", r"train_sft\.parallel\.strategy = 'colossalai_hybrid': .*zero2"),
+        ("train_ppo", "full", "colossalai_hybrid", r"PPO samples from whole weights, .* set colossalai_zero2"),
+        ("train_reward", "lora", "colossalai_hybrid", r"'colossalai_hybrid' and train_reward\.method = 'lora'"),
         ("train_ppo", "full", "colossalai_gemini", r"PPO samples from whole weights, .* set colossalai_zero2"),
         ("train_sft", "lora", "colossalai_gemini", r"'colossalai_gemini' and train_sft\.method = 'lora'"),
         ("train_sft", "full", "colossalai_gemini_auto", r"there is no GPU; set colossalai_gemini"),
     ],
 )
 def test_a_strategy_that_cannot_run_is_refused(section: str, method: str, strategy: Strategy, message: str) -> None:
-    require_runnable(section, method, Parallel(strategy="colossalai_zero2", num_processes=4, hostfile=None), CPU)
+    runs = Parallel(strategy="colossalai_zero2", num_processes=4, tensor_size=1, hostfile=None)
+    require_runnable(section, method, runs, CPU)
+    size = 2 if strategy == "colossalai_hybrid" else 1
     with pytest.raises(InputError, match=message):
-        require_runnable(section, method, Parallel(strategy=strategy, num_processes=4, hostfile=None), CPU)
+        require_runnable(section, method, runs.model_copy(update={"strategy": strategy, "tensor_size": size}), CPU)

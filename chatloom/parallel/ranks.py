@@ -34,14 +34,25 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    tensor: int = 1
+    """Neighbours that hold one model in slices: they take the same rows, which count once."""
+
+    @property
+    def data_rank(self) -> int:
+        """Of those that take different rows."""
+        return self.rank // self.tensor
+
+    @property
+    def data_size(self) -> int:
+        return self.size // self.tensor
 
     def sum(self, value: float) -> float:
-        """Over all ranks; exact for counts below 2^53."""
+        """Over all ranks that take different rows; exact for counts below 2^53."""
         if self.size == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(total)
-        return total.item()
+        return total.item() / self.tensor
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on any rank."""
@@ -63,7 +74,7 @@ class Ranks:
 
     def share(self, sizes: Sequence[int]) -> list[int]:
         """Which of the items of these sizes are this rank's."""
-        return shares(sizes, self.size)[self.rank]
+        return shares(sizes, self.data_size)[self.data_rank]
 
     def spread(self, items: Sequence[T], sizes: Sequence[int], work: Callable[[list[T]], list[R]]) -> list[R]:
         """`work` done on all items, by each rank on its share; every rank gets all the results, in the items' order.
@@ -146,7 +157,7 @@ def connect(section: str, parallel: Parallel, device: torch.device) -> Iterator[
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    yield Ranks(dist.get_rank(), dist.get_world_size())
+    yield Ranks(dist.get_rank(), dist.get_world_size(), parallel.tensor_size)
     # After an error it is left to the end of the process: the other side may be gone.
     dist.destroy_process_group()
 

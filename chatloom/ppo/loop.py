@@ -74,7 +74,7 @@ def train_ppo(
         ParameterGroup(roles.policy.parameters(), params.optimizer.lr),
         ParameterGroup(roles.value_model.parameters(), params.value_lr),
     ]
-    optimizer = open_updates(groups, params.optimizer, params.parallel, ranks)
+    optimizer = open_updates(groups, params.optimizer, params.parallel, ranks, roles.policy.model)
     controller = KlController.start(params.kl)
     heads = [role.head for role in (roles.reward_model, roles.value_model) if role.head is not None]
     done, history = 0, []

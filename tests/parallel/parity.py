@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,11 @@ PARAMS = read_yaml(ROOT / "params.yaml")
 CASES, FOLDER = "PARITY_CASES", "PARITY_FOLDER"
 DEVICE = os.environ.get("PARITY_DEVICE", "cpu")
 DATA_PARALLEL = ("ddp", "colossalai_zero1", "colossalai_zero2", "colossalai_zero2_cpu")
-RESUMED = ("sft/full/float32/colossalai_zero2", "ppo/lora/float32/colossalai_zero1")
+RESUMED = (
+    "sft/full/float32/colossalai_zero2",
+    "reward/full/float32/colossalai_hybrid",
+    "ppo/lora/float32/colossalai_zero1",
+)
 """Cases that are also killed in the middle and resumed."""
 ROWS = 8  # of a step, whatever the number of processes
 STEPS = 20
@@ -137,13 +142,18 @@ def comparisons(count: int) -> list[Comparison]:
     return found
 
 
+def tensor_size(strategy: str) -> int:
+    return 2 if strategy == "colossalai_hybrid" else 1
+
+
 def supervised(method: str, strategy: str, size: int) -> dict[str, Any]:
+    tensor = tensor_size(strategy)
     return {
         "method": method,
         "lora": LORA,
         "optimizer": OPTIMIZER,
-        "parallel": Parallel(strategy=strategy, num_processes=size, hostfile=None),
-        "batch_size": max(ROWS // size // 2, 1),
+        "parallel": Parallel(strategy=strategy, num_processes=size, tensor_size=tensor, hostfile=None),
+        "batch_size": max(ROWS // (size // tensor) // 2, 1),
         "accumulation_steps": 2,
         "num_epochs": 20,
         "max_steps": STEPS,
@@ -165,7 +175,7 @@ def train_ppo_params(method: str, strategy: str, size: int) -> TrainPpoParams:
         "lora": LORA | {"layers": 1},
         "optimizer": OPTIMIZER | {"adam_eps": 1e-5},
         "value_lr": 2e-3,
-        "parallel": {"strategy": strategy, "num_processes": size, "hostfile": None},
+        "parallel": {"strategy": strategy, "num_processes": size, "tensor_size": 1, "hostfile": None},
         "num_steps": STEPS,
         "rollout_batch": ROWS,
         "generation_batch": 4,
@@ -193,6 +203,7 @@ def run(
         Killed: at the end of step `kill_at`.
     """
     stage, method, dtype, strategy = case.split("/")
+    ranks = replace(ranks, tensor=tensor_size(strategy))
     device = Device(torch.device(DEVICE), getattr(torch, dtype))
     curves: Curves = {name: [] for name in CURVES[stage]}
 
@@ -231,7 +242,7 @@ def run(
 
 
 def processes(size: int) -> Parallel:
-    return Parallel(strategy="ddp", num_processes=size, hostfile=None)
+    return Parallel(strategy="ddp", num_processes=size, tensor_size=1, hostfile=None)
 
 
 def run_together(cases: list[str], size: int, folder: Path) -> dict[str, Curves]:
@@ -266,7 +277,7 @@ def taken_over(case: str, folder: Path, ranks: Ranks) -> list[float]:
     model = load_on(folder / "base", Device(torch.device(DEVICE), torch.bfloat16)).model
     parameters = Role(model).parameters()
     p = train_sft_params("full", case.rsplit("/", 1)[1], ranks.size)
-    optimizer = open_updates([ParameterGroup(parameters, 1e-3)], p.optimizer, p.parallel, ranks)
+    optimizer = open_updates([ParameterGroup(parameters, 1e-3)], p.optimizer, p.parallel, ranks, model)
     saved = states(LEG, folder, ranks).load()
     assert saved is not None
     before = saved[1]["optimizer"]
@@ -363,6 +374,7 @@ def main() -> None:
             for strategy in DATA_PARALLEL
         ]
         for stage in ("sft", "reward"):
+            cases += [f"{stage}/full/{dtype}/colossalai_hybrid" for dtype in ("float32", "bfloat16")]
             cases += [f"{stage}/full/bfloat16/colossalai_gemini"]
         cases = [case for case in cases if any(part in case for part in chosen)]
         together = run_together(cases, size, folder)

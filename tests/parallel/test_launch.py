@@ -20,7 +20,7 @@ from chatloom.errors import InputError
 from chatloom.parallel import launch
 from tests.conftest import ROOT
 
-TWO = Parallel(strategy="ddp", num_processes=2, hostfile=None)
+TWO = Parallel(strategy="ddp", num_processes=2, tensor_size=1, hostfile=None)
 
 
 def test_the_first_failure_is_told_and_what_follows_from_it_is_not(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_a_bad_hostfile_is_named(content: str | None, processes: int, message: s
     if content is not None:
         file.write_text(content)
     with pytest.raises(InputError, match=message):
-        launch.read_hosts(Parallel(strategy="ddp", num_processes=processes, hostfile=str(file)))
+        launch.read_hosts(Parallel(strategy="ddp", num_processes=processes, tensor_size=1, hostfile=str(file)))
 
 
 def test_a_host_that_does_not_answer_is_named() -> None:

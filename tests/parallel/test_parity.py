@@ -24,12 +24,14 @@ from tests.parallel.parity import (
     states,
 )
 
+HYBRID = "sft/full/float32/colossalai_hybrid"
 # The largest difference at any step, as a share of the curve's largest value. float32: rounding only; KL is a
 # difference of nearly equal numbers, and Adam turns the rounding of tiny gradients into steps.
 CASES = {
     "sft/full/float32/colossalai_zero2": 1e-5,
     "reward/lora/float32/ddp": 1e-4,
     "reward/full/float32/colossalai_zero2_cpu": 1e-3,
+    "reward/full/float32/colossalai_hybrid": 1e-3,
     "ppo/lora/float32/colossalai_zero1": 1e-3,
     # The gradients of a bfloat16 model are summed over ranks in bfloat16, 8 bits.
     "sft/full/bfloat16/colossalai_gemini": 5e-3,
@@ -46,10 +48,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def together(folder: Path) -> dict[str, Curves]:
     """What two processes do, started once for all; their leg of the run that is handed on is the last one."""
-    run_together([LEG], 4, folder)
+    of_four = run_together([LEG, HYBRID], 4, folder)
     with connect("parity", processes(1), torch.device("cpu")) as one:
         in_one = run_leg(folder, one)
-    return run_together([*CASES, LEG, DIFFERENT], 2, folder) | {"leg of one": in_one}
+    return {**run_together([*CASES, LEG, DIFFERENT], 2, folder), "leg of one": in_one, HYBRID: of_four[HYBRID]}
 
 
 @pytest.mark.smoke
@@ -73,6 +75,13 @@ def assert_goes_on(case: str, tolerance: float, together: dict[str, Curves], alo
     resumed = run(f"{case.rsplit('/', 1)[0]}/none", folder, ALONE, states(case, folder, ALONE))
     gaps = difference(resumed, {name: values[-STEPS // 2 :] for name, values in alone.items()})
     assert max(gaps.values()) < tolerance, (case, gaps)
+
+
+@pytest.mark.smoke
+def test_two_pairs_of_slices_train_as_one_process_does(folder: Path, together: dict[str, Curves]) -> None:
+    """Four processes: each model in two slices, the rows shared by two such pairs."""
+    gaps = difference(together[HYBRID], run("sft/full/float32/none", folder, ALONE))
+    assert max(gaps.values()) < 1e-4, gaps
 
 
 @pytest.mark.smoke
@@ -108,7 +117,9 @@ def test_strategies_train_on_gpus_as_one_process_does(tmp_path: Path, monkeypatc
     monkeypatch.setattr("tests.parallel.parity.DEVICE", "cuda")
     monkeypatch.setenv("PARITY_DEVICE", "cuda")
     make_models(tmp_path)
-    cases = [f"sft/full/bfloat16/colossalai_{name}" for name in ("zero2", "zero2_cpu", "gemini", "gemini_auto")]
+    names = ["zero2", "zero2_cpu", "gemini", "gemini_auto"]
+    names += ["hybrid"] if torch.cuda.device_count() % 2 == 0 else []
+    cases = [f"sft/full/bfloat16/colossalai_{name}" for name in names]
     together = run_together(cases, torch.cuda.device_count(), tmp_path)
     alone = run("sft/full/bfloat16/none", tmp_path, ALONE)
     for case in cases:

@@ -58,7 +58,7 @@ def test_alone_nothing_is_sent() -> None:
 
 def test_another_number_of_processes_than_params_say_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    two = Parallel(strategy="ddp", num_processes=2, hostfile=None)
+    two = Parallel(strategy="ddp", num_processes=2, tensor_size=1, hostfile=None)
     with (
         pytest.raises(InputError, match=r"train_sft\.parallel\.num_processes = 2, and 3 processes were started"),
         connect("train_sft", two, torch.device("cpu")),
@@ -74,7 +74,7 @@ def test_ranks_that_do_not_come_are_told_where_they_were_waited_for(rank: str, m
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("chatloom.parallel.ranks.MEETING", timedelta(seconds=1))
-    two = Parallel(strategy="ddp", num_processes=2, hostfile=None)
+    two = Parallel(strategy="ddp", num_processes=2, tensor_size=1, hostfile=None)
     with (
         pytest.raises(InputError, match=rf"rank {rank} did not meet all 2 ranks at 127\.0\.0\.1:{port} within 1 s"),
         connect("train_sft", two, torch.device("cpu")),

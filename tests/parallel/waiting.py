@@ -18,6 +18,7 @@ from chatloom.parallel.ranks import connect
 PARALLEL = Parallel(
     strategy="ddp",
     num_processes=2,
+    tensor_size=1,
     hostfile=os.environ["WAITING_HOSTS"] or None,
 )
 
