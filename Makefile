@@ -11,10 +11,10 @@ PRESET ?= default
 PREFECT_PORT ?= 4200
 MLFLOW_PORT ?= 5000
 
-.PHONY: help repro flow ui serve chat test test-unit lint lock bench bench-data clean
+.PHONY: help repro flow ui serve chat test test-unit lint lock bench bench-data bench-parallel clean
 
 help: ## List the targets
-	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 12
+	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
 
 repro: .venv/.installed ## Bring every stage up to date with plain DVC (PRESET=smoke: another preset)
 	@python -m tasks.reproduce --preset $(PRESET)
@@ -54,6 +54,9 @@ bench: .venv/.installed ## Measure speed and memory against the peers (PART=sft:
 
 bench-data: .venv/.installed ## Measure data preparation against datasets.map (ROWS=file of Alpaca rows)
 	@python -m bench.data --rows "$(or $(ROWS),$(CHATLOOM_DATA)/instructions_104k.jsonl.gz)"
+
+bench-parallel: .venv/.installed ## Measure SFT in two processes against one with two threads
+	@python -m bench.parallel
 
 clean: ## Remove caches of tools and workspaces of presets; data, models, runs and .venv stay
 	rm -rf workspaces build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -14,6 +14,7 @@ from bench.machine import cpu_fields
 from bench.measure import Setup, make_job, parse_result
 from bench.ours.arithmetic import training_flops
 from bench.ours.training import StepLog
+from bench.parallel import table
 from bench.parts import DEFAULTS, OURS, PACKING, PARTS, TUNED, Comparison, Part, Side, select
 from bench.plots import plot_ratios, plot_scaling
 from bench.report import BEGIN, END, cells, insert, lines_of, markdown, measured_parts, points_of
@@ -257,3 +258,23 @@ def test_the_peers_have_the_torch_of_the_lock_and_every_version_is_pinned() -> N
         pins = dict(line.split("==") for line in lines if not line.startswith("#"))
         assert pins["torch"] == locked["torch"]
         assert pins["trl"].startswith(environment.removeprefix("trl-"))
+
+
+def test_processes_are_compared_within_a_round_and_the_slowest_counts() -> None:
+    def seen(seconds: float, waited: float) -> dict[str, float]:
+        found = {"seconds": seconds, "waited": waited, "to_start": 3.0, "to_first_step": 5.0, "loss": 1.5}
+        return found | {"peak_bytes": 2**30}
+
+    def ran(*processes: dict[str, float]) -> dict[str, Any]:
+        return {"processes": list(processes)}
+
+    rounds = [
+        {"none": ran(seen(10, 0)), "ddp": ran(seen(11, 0.1), seen(12, 0.12))},
+        {"none": ran(seen(20, 0)), "ddp": ran(seen(30, 0.1), seen(20, 0.3))},
+        {"none": ran(seen(10, 0)), "ddp": ran(seen(11, 0.11), seen(11, 0.11))},
+    ]
+    none, ddp = [line.split(" | ") for line in table(rounds, 6)[2:]]
+    assert none[1:3] == ["2", "1.00x (1.00 to 1.00)"]
+    assert ddp[1:4] == ["2.4", "1.20x (1.10 to 1.50)", "1 %"]
+    assert ddp[-1] == "yes |"
+    assert none[-1] == " |"
