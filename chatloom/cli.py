@@ -1,4 +1,4 @@
-"""The `chatloom` command: serve a registered model, talk to it in the terminal, bring in another project's files."""
+"""The `chatloom` command: serve a registered model, talk to it, trace and move versions, bring in other files."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ import typer
 
 from chatloom.data.commands import app as data_app
 from chatloom.errors import InputError
+from chatloom.registry.commands import app as registry_app
 
 # torch, MLflow and FastAPI take seconds to import: commands import them when they run, so that --help is quick.
 if TYPE_CHECKING:
     from chatloom.serving.engine import Engine, Message
 
 app = typer.Typer(
-    help="Serve the chat model that the pipeline registered, or talk to it; look at data, bring ColossalChat's in.",
+    help="Serve the chat model that the pipeline registered, talk to it, see what it was made from; look at data.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(registry_app)
 
 ModelOption = Annotated[
     str, typer.Option("--model", help="models:/name@alias, models:/name/version, or a checkpoint's folder.")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from chatloom.errors import InputError
 
@@ -519,9 +519,31 @@ class Gate(Section):
         return self
 
 
+class LicenseGate(Section):
+    """A bound on the licences of all data that the model learned from: every source with rows outside eval."""
+
+    licenses: Annotated[list[str], Field(min_length=1)]
+    """Those that are allowed, as `raw_data.sources` writes them."""
+    blocks: bool
+    """false only warns."""
+
+
+METRIC_GATE, LICENSE_GATE = "gate on a metric", "gate on licences"
+
+
+def _kind_of_gate(gate: Any) -> str:
+    values = gate if isinstance(gate, dict) else vars(gate)
+    return LICENSE_GATE if "licenses" in values else METRIC_GATE
+
+
 class RegisterParams(Section):
     model_name: str
-    gates: list[Gate]
+    gates: list[
+        Annotated[
+            Annotated[Gate, Tag(METRIC_GATE)] | Annotated[LicenseGate, Tag(LICENSE_GATE)], Discriminator(_kind_of_gate)
+        ]
+    ]
+    """Metrics that begin with `champion/` compare with the present champion; without one their gates hold."""
 
 
 class Params(Section):
@@ -594,7 +616,8 @@ def _explain(item: Any, values: dict[str, Any], where: str) -> str:
     location: list[str | int] = []
     inside: Any = values
     for part in item["loc"]:
-        if isinstance(inside, dict) and part not in inside and inside.get("kind") == part:
+        tags = (inside.get("kind"), METRIC_GATE, LICENSE_GATE) if isinstance(inside, dict) else ()
+        if part in tags and part not in inside:
             continue
         location.append(part)
         inside = inside.get(part) if isinstance(inside, dict) else inside[part] if isinstance(inside, list) else None

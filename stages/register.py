@@ -8,8 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mlflow import MlflowClient
+
 from chatloom.errors import InputError
-from chatloom.registry.lineage import collect_lineage
+from chatloom.registry.aliases import champion_of
+from chatloom.registry.gates import evaluate_gates
+from chatloom.registry.lineage import collect_lineage, find_runs, lineage_tags
 from chatloom.registry.register import Registered, register
 from stages.run import stage
 
@@ -20,10 +24,26 @@ SAMPLE_QUESTION = "What is the capital of France?"
 
 def main() -> None:
     with stage("register") as run:
-        lineage = collect_lineage(run.params, str(MODEL), os.environ.get("CHATLOOM_PRESET"))
-        registered = register(MODEL, run.params.register_, read_metrics(METRICS), lineage, SAMPLE_QUESTION)
+        params = run.params.register_
+        facts = collect_lineage(run.params, str(MODEL), os.environ.get("CHATLOOM_PRESET"))
+        facts["runs"] = find_runs(facts)
+        champion = champion_of(MlflowClient(), params.model_name)
+        metrics = read_metrics(METRICS)
+        verdicts = evaluate_gates(params.gates, metrics, facts["sources"], has_champion=champion is not None)
+        registered = register(
+            MODEL,
+            params.model_name,
+            metrics=metrics,
+            verdicts=verdicts,
+            facts=facts,
+            champion=champion,
+            sample_question=SAMPLE_QUESTION,
+        )
         run.table("gates", gate_table(registered))
-        run.report("register", {"gates": [asdict(verdict) for verdict in registered.verdicts], "lineage": lineage})
+        run.report(
+            "register",
+            {"gates": [asdict(verdict) for verdict in registered.verdicts], "lineage": lineage_tags(facts)},
+        )
         run.metrics(summary(registered))
 
 
@@ -46,7 +66,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
 def gate_table(registered: Registered) -> dict[str, list[Any]]:
     """The verdicts by column, one row a gate."""
-    columns = ("metric", "value", "bound", "verdict", "blocks")
+    columns = ("metric", "value", "bound", "verdict", "blocks", "note")
     return {column: [getattr(verdict, column) for verdict in registered.verdicts] for column in columns}
 
 

@@ -31,6 +31,7 @@ from chatloom.config import Params, load_params
 from chatloom.errors import InputError
 from chatloom.files import atomic_dir, atomic_file, write_json
 from chatloom.parallel.launch import is_first, report_failure
+from stages.recorded import hash_outs, measure_cost
 from stages.tracking import MlflowRun, Numbers, Untracked
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class StageRun:
         self._curves: dict[str, dict[int, dict[str, float]]] = {}
         self._tables: dict[str, dict[str, list[Any]]] = {}
         self._metrics: dict[str, Any] | None = None
+        self._totals: dict[str, float] = {}
         self._checkpoints: Checkpoints | None = None
 
     def out(self, path: str) -> AbstractContextManager[Path]:
@@ -142,6 +144,7 @@ class StageRun:
         for metric, value in values.items():
             if not math.isfinite(value):
                 raise ValueError(f"{metric} is {float(value)}")
+        self._totals = dict(values)
         self._metrics = nested({name: value for name, value in values.items() if not name.startswith(f"{WALL_CLOCK}/")})
         self._tracked.metrics(values)
 
@@ -199,6 +202,8 @@ class StageRun:
                         _write_curve(folder / f"{part}.csv", rows)
         if self._metrics is not None:
             write_json(Path("metrics", f"{self.name}.json"), self._metrics)
+        self._tracked.outs(hash_outs(self.name))
+        self._tracked.metrics(measure_cost(self._totals))
         if self._checkpoints is not None:
             self._checkpoints.remove()
 

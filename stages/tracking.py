@@ -20,6 +20,8 @@ import yaml
 
 from chatloom.config import Params
 from chatloom.errors import InputError
+from chatloom.registry.lineage import INPUTS_TAG, OUT_TAG, describe_machine
+from stages.recorded import hash_inputs
 
 log = logging.getLogger("stages.run")
 
@@ -57,7 +59,9 @@ class MlflowRun:
                 experiment = _experiment(mlflow, uri)
                 tags = _tags(root, preset)
                 parent = _parent_run(mlflow, experiment, reproduction, tags)
-                own = {STAGE: name, WORKSPACE: str(root), **_process_tags()}
+                own = {STAGE: name, WORKSPACE: str(root), "machine": json.dumps(describe_machine()), **_process_tags()}
+                if (inputs := hash_inputs(name, params)) is not None:
+                    own[INPUTS_TAG] = inputs
                 _end_abandoned(mlflow, experiment, own, parent)
                 run = mlflow.start_run(
                     experiment_id=experiment, run_name=name, parent_run_id=parent, tags={**tags, **own}
@@ -89,6 +93,11 @@ class MlflowRun:
 
     def artifact(self, path: Path, folder: str) -> None:
         self._api.log_artifact(str(path), folder)
+
+    def outs(self, hashes: Mapping[str, str]) -> None:
+        """What the run made: from the bytes of a model one finds the run."""
+        for path, md5 in hashes.items():
+            self._client.set_tag(self.id, f"{OUT_TAG}{path}", md5)
 
     def dataset(self, path: Path, name: str) -> None:
         """A few rows of what the stage read, and its DVC hash as the digest."""

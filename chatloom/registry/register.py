@@ -1,11 +1,12 @@
-"""Packaging a chat model for MLflow, registering a version, and moving the aliases."""
+"""Packaging a chat model for MLflow, registering a version with what stands behind it, and moving the aliases."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import logging
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,24 @@ from typing import Any
 import mlflow
 
 import chatloom
-from chatloom.config import RegisterParams
 from chatloom.errors import InputError
+from chatloom.files import write_json
 from chatloom.registry import gates
+from chatloom.registry.aliases import CHALLENGER, move_champion
 from chatloom.registry.gates import Verdict
+from chatloom.registry.lineage import FILE, Facts, lineage_tags
 from chatloom.registry.resolve import ARTIFACT
 
 log = logging.getLogger(__name__)
 
-CHALLENGER, CHAMPION = "challenger", "champion"
 PACKAGE = Path(chatloom.__file__).parent
 AGENT = PACKAGE / "registry" / "agent.py"
 # What the agent and the part of chatloom that it imports need; the registered model pins the versions installed here.
 REQUIREMENTS = ("gptqmodel", "jinja2", "mlflow", "pyarrow", "safetensors", "tokenizers", "torch", "transformers")
 EXAMPLE_TOKENS = 4
 """Answer length of the prediction that MLflow makes to check a model that is logged."""
+STATUS, ACCEPTED, REJECTED = "status", "accepted", "rejected"
+"""Tag of a version that says whether every blocking gate holds; `rejected.reason` says which does not."""
 
 
 @dataclass(frozen=True)
@@ -39,45 +43,61 @@ class Registered:
 
 def register(
     model_dir: Path,
-    params: RegisterParams,
+    name: str,
+    *,
     metrics: Mapping[str, Any],
-    lineage: Mapping[str, str],
+    verdicts: tuple[Verdict, ...],
+    facts: Facts,
+    champion: str | None,
     sample_question: str,
+    description: str = "",
+    files: Sequence[Path] = (),
 ) -> Registered:
-    """A new version of `params.model_name`: @challenger, and @champion too if every blocking gate holds.
+    """A new version of `name`: @challenger, and @champion too if every blocking gate holds, else rejected.
 
     Inside an active MLflow run. The champion moves last, when everything else is done: a failure on the way leaves the
     old one in place.
 
     Args:
         metrics: of `metrics/evaluate.json`; they are tied to the logged model, too.
-        lineage: what the version was made from; becomes its tags.
+        facts: the lineage; travels with the version, and partly as its tags.
+        champion: version that the gates compared with, None for none: if another is champion by now, none is moved.
+        description: of the version, as Markdown.
+        files: more that travels with the version.
 
     Raises:
-        InputError: where there is no checkpoint, or a gate names an unknown metric.
+        InputError: where there is no checkpoint, or somebody else moved the champion meanwhile.
     """
     assert mlflow.active_run() is not None, "the model is logged to the active run"
     if not (model_dir / "config.json").is_file():
         raise InputError(f"{model_dir}: no checkpoint to register; run the stage quantize first")
-    verdicts = gates.evaluate_gates(params.gates, metrics)
+    client = mlflow.MlflowClient()
     promoted = gates.holds(verdicts)
     model = _log_model(model_dir, sample_question)
     numbers = {name: float(value) for name, value in gates.flatten(metrics).items() if gates.is_number(value)}
     mlflow.log_metrics(numbers, model_id=model.model_id)
+    with tempfile.TemporaryDirectory() as folder:
+        lineage = Path(folder, FILE)
+        write_json(lineage, facts)
+        for file in (lineage, *files):
+            client.log_model_artifact(model.model_id, str(file))
     tags = {
-        **lineage,
-        "gates": json.dumps([asdict(verdict) for verdict in verdicts]),
+        **lineage_tags(facts),
+        "gates": json.dumps([asdict(verdict) for verdict in verdicts], ensure_ascii=False),
         "gates.hold": str(promoted).lower(),
+        "champion.compared_with": champion or "none",
+        STATUS: ACCEPTED if promoted else REJECTED,
+        **({} if promoted else {"rejected.reason": gates.reason(verdicts)}),
     }
-    version = int(mlflow.register_model(model.model_uri, params.model_name, tags=tags).version)
-    client = mlflow.MlflowClient()
-    client.set_registered_model_alias(params.model_name, CHALLENGER, str(version))
+    version = str(mlflow.register_model(model.model_uri, name, tags=tags).version)
+    client.update_model_version(name, version, description)
+    client.set_registered_model_alias(name, CHALLENGER, version)
+    log.info("%s version %s is @%s, %s", name, version, CHALLENGER, tags[STATUS])
     if promoted:
-        client.set_registered_model_alias(params.model_name, CHAMPION, str(version))
-    log.info(
-        "%s version %d is @%s", params.model_name, version, f"{CHALLENGER} and @{CHAMPION}" if promoted else CHALLENGER
-    )
-    return Registered(version, promoted, verdicts)
+        move_champion(
+            client, name, version, expected=champion, action="promote", reason="registered; every blocking gate holds"
+        )
+    return Registered(int(version), promoted, verdicts)
 
 
 def _log_model(model_dir: Path, sample_question: str) -> Any:

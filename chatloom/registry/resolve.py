@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,29 @@ def use_tracking_store(purpose: str) -> None:
     mlflow.set_tracking_uri(f"sqlite:///{store}")
 
 
+@contextmanager
+def registry_errors(purpose: str) -> Iterator[None]:
+    """A registry that is down, or refuses, is an input error within seconds: MLflow itself tries for minutes."""
+    from mlflow import get_tracking_uri
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    short = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+    added = {key: value for key, value in short.items() if key not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{purpose}: the registry at {get_tracking_uri()} did not do it: {first}\n"
+            "start it (make ui), or set MLFLOW_TRACKING_URI to one that runs"
+        ) from error
+    finally:
+        for key in added:
+            del os.environ[key]
+
+
 def _folder(uri: str) -> Resolved:
     path = Path(uri).expanduser().resolve()
     if not path.is_dir():
@@ -71,21 +96,33 @@ def _registered(uri: str, name: str, alias: str | None, version: str | None) -> 
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    client = mlflow.MlflowClient()
+    with registry_errors(uri):
+        client = mlflow.MlflowClient()
+        number = version_number(uri, client, name, alias, version)
+    try:
+        found = client.get_model_version(name, number)
+        folder = Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{number}"))
+    except (MlflowException, OSError) as error:
+        raise InputError(f"{uri}: version {number} of {name!r} cannot be had: {error}") from error
+    return Resolved(_checkpoint(uri, folder), name, number, dict(found.tags))
+
+
+def version_number(uri: str, client: Any, name: str, alias: str | None, version: str | None) -> str:
+    """The version that an address means."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
     try:
         model = client.get_registered_model(name)
     except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
         raise InputError(f"{uri}: the registry at {mlflow.get_tracking_uri()} does not have it: {error}") from error
     number = model.aliases.get(alias) if version is None else version
     if number is None:
         known = ", ".join(f"@{known}" for known in sorted(model.aliases)) or "none"
         raise InputError(f"{uri}: no version of {name!r} is @{alias}; known aliases: {known}")
-    try:
-        found = client.get_model_version(name, str(number))
-        folder = Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{number}"))
-    except (MlflowException, OSError) as error:
-        raise InputError(f"{uri}: version {number} of {name!r} cannot be had: {error}") from error
-    return Resolved(_checkpoint(uri, folder), name, str(number), dict(found.tags))
+    return str(number)
 
 
 def _checkpoint(uri: str, folder: Path) -> Path:

@@ -5,11 +5,16 @@ from typing import Any
 
 import pytest
 
-from chatloom.config import Gate
+from chatloom.config import Gate, LicenseGate
 from chatloom.errors import InputError
-from chatloom.registry.gates import Verdict, evaluate_gates, holds
+from chatloom.registry import gates as module
+from chatloom.registry.gates import Verdict, holds, reason
 
 NESTED = {"reward": {"accuracy": 0.5}, "ppo": {"kl": 12, "steps": {"n": 8}}, "note": "text", "flag": True}
+
+
+def evaluate_gates(gates: Any, metrics: Any, *, has_champion: bool = True) -> tuple[Verdict, ...]:
+    return module.evaluate_gates(gates, metrics, [], has_champion=has_champion)
 
 
 def gate(metric: str, low: float | None = None, high: float | None = None, *, blocks: bool = True) -> Gate:
@@ -72,3 +77,50 @@ def test_unknown_metric() -> None:
 def test_a_metric_that_is_no_number(value: Any) -> None:
     with pytest.raises(InputError, match=r"register\.gates\[0\]\.metric = 'x': its value .* is not a number"):
         evaluate_gates([gate("x", low=0.5)], {"x": value})
+
+
+SOURCES = [
+    {"name": "own", "license": "CC-BY-4.0", "splits": {"sft": 10, "eval": 2}},
+    {"name": "web", "license": "CC-BY-NC-4.0", "splits": {"ptx": 1}},
+    {"name": "benchmark", "license": "unknown", "splits": {"eval": 50}},
+    {"name": "unused", "license": "proprietary", "splits": {}},
+]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "sources", "blocks", "verdict", "value", "note"),
+    [
+        (["CC-BY-4.0", "CC-BY-NC-4.0"], SOURCES, True, "pass", 0.0, ""),
+        (["CC-BY-4.0"], SOURCES, True, "fail", 1.0, "web: CC-BY-NC-4.0"),
+        (["MIT"], SOURCES, False, "warn", 2.0, "own: CC-BY-4.0; web: CC-BY-NC-4.0"),
+        # Rows that only measure the model are not behind it; rows that nobody recorded may be anything.
+        (["MIT"], [], True, "fail", 1.0, "no source's rows are recorded"),
+    ],
+)
+def test_licences_of_the_data_that_was_learned_from(
+    allowed: list[str], sources: list[Any], blocks: bool, verdict: str, value: float, note: str
+) -> None:
+    gates = [LicenseGate(licenses=allowed, blocks=blocks)]
+    (found,) = module.evaluate_gates(gates, {}, sources, has_champion=False)
+    assert (found.verdict, found.value, found.note) == (verdict, value, note)
+    assert found.bound == f"only {', '.join(allowed)}"
+
+
+def test_why_a_version_is_rejected() -> None:
+    gates = [
+        gate("ppo/kl", high=1.0),
+        gate("ppo/kl", high=2.0, blocks=False),
+        LicenseGate(licenses=["MIT"], blocks=True),
+    ]
+    verdicts = module.evaluate_gates(gates, NESTED, SOURCES[1:2], has_champion=False)
+    assert reason(verdicts) == ("ppo/kl = 12, bound <= 1; data/other_licenses = 1, bound only MIT (web: CC-BY-NC-4.0)")
+
+
+def test_gates_on_the_champion_hold_while_there_is_none() -> None:
+    gates = [gate("champion/win_rate_high", low=0.5)]
+    (found,) = evaluate_gates(gates, {}, has_champion=False)
+    assert found == Verdict("champion/win_rate_high", None, ">= 0.5", "pass", True, "no champion to compare with")
+    (found,) = evaluate_gates(gates, {"champion": {"win_rate_high": 0.4}})
+    assert found.verdict == "fail"
+    with pytest.raises(InputError, match=r"register\.gates\[0\]\.metric = 'champion/win': no such metric"):
+        evaluate_gates([gate("champion/win", low=0.5)], {}, has_champion=False)

