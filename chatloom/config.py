@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from chatloom.errors import InputError
 
@@ -344,6 +344,8 @@ class CompareParams(Section):
     """Rank the reference answer itself above every sampled one."""
     holdout: Fraction
     """Share of the prompts, by hash, kept out of reward training to measure accuracy on."""
+    gold: Fraction
+    """Share of the other prompts, by hash, that train the gold reward model and not the one PPO is trained with."""
     seed: int
 
     @model_validator(mode="after")
@@ -493,11 +495,15 @@ class EvaluateParams(Section):
     max_rows: Positive
     """Eval rows per language for perplexity."""
     num_prompts: Positive
-    """Eval prompts that SFT and PPO both answer."""
+    """Eval prompts that every model answers."""
     max_new_tokens: Positive
     temperature: Rate
     generation_batch: Positive
     bootstrap_samples: Positive
+    calibration_bins: Positive
+    """Bins of confidence, from 0.5 to 1, in which the reward models' accuracy is looked at."""
+    judge: JudgeParams | None
+    """Asked who wins too, in both orders; null for the gold reward model alone."""
     num_samples_shown: Positive
     """Prompts shown side by side in the report."""
     seed: int
@@ -522,28 +528,30 @@ class Gate(Section):
 class LicenseGate(Section):
     """A bound on the licences of all data that the model learned from: every source with rows outside eval."""
 
-    licenses: Annotated[list[str], Field(min_length=1)]
-    """Those that are allowed, as `raw_data.sources` writes them."""
+    allowed: list[str]
+    """As `raw_data.sources` writes them."""
     blocks: bool
     """false only warns."""
 
 
-METRIC_GATE, LICENSE_GATE = "gate on a metric", "gate on licences"
+class Cost(Section):
+    """Rates by which the report estimates what a run took; a stage's hours are measured."""
 
-
-def _kind_of_gate(gate: Any) -> str:
-    values = gate if isinstance(gate, dict) else vars(gate)
-    return LICENSE_GATE if "licenses" in values else METRIC_GATE
+    currency: str
+    cpu_hour: Annotated[float, Field(ge=0)]
+    """Price of an hour of one busy core."""
+    gpu_hour: Annotated[float, Field(ge=0)]
+    cpu_watts: Annotated[float, Field(ge=0)]
+    """Of one busy core, with its share of the machine."""
+    gpu_watts: Annotated[float, Field(ge=0)]
 
 
 class RegisterParams(Section):
     model_name: str
-    gates: list[
-        Annotated[
-            Annotated[Gate, Tag(METRIC_GATE)] | Annotated[LicenseGate, Tag(LICENSE_GATE)], Discriminator(_kind_of_gate)
-        ]
-    ]
+    cost: Cost
+    gates: list[Gate]
     """Metrics that begin with `champion/` compare with the present champion; without one their gates hold."""
+    licenses: LicenseGate
 
 
 class Params(Section):
@@ -556,6 +564,7 @@ class Params(Section):
     train_sft: TrainSftParams
     compare: CompareParams
     train_reward: TrainRewardParams
+    train_gold: TrainRewardParams
     train_ppo: TrainPpoParams
     quantize: QuantizeParams
     evaluate: EvaluateParams
@@ -616,8 +625,7 @@ def _explain(item: Any, values: dict[str, Any], where: str) -> str:
     location: list[str | int] = []
     inside: Any = values
     for part in item["loc"]:
-        tags = (inside.get("kind"), METRIC_GATE, LICENSE_GATE) if isinstance(inside, dict) else ()
-        if part in tags and part not in inside:
+        if isinstance(inside, dict) and part not in inside and inside.get("kind") == part:
             continue
         location.append(part)
         inside = inside.get(part) if isinstance(inside, dict) else inside[part] if isinstance(inside, list) else None

@@ -185,10 +185,13 @@ def train_reward(
                 checkpoints.save(step, {"last": last, "optimizer": optimizer.state_dict()})
     optimizer.finish()
     reference = normalize(reward_model, train, device, ranks)
+    seen = steps(train, params, ranks)  # from the first on, also after a resume
+    trained = round(ranks.sum(sum(c.num_tokens for microbatches in seen for c in chain(*microbatches))))
     return {
         "steps": total,
         "prompts": len(train),
         "pairs": sum(len(c.pairs) for c in train),
+        "tokens": trained,
         "reference_responses": reference,
         **({"eval/accuracy": last, "eval/prompts": len(held_out)} if held_out else {}),
     }

@@ -30,10 +30,11 @@ def reproduce(preset: str = DEFAULT) -> dict[str, str]:
     sft = run("train_sft", base, prepared)
     comparisons = run("compare", sft, prepared)
     reward = run("train_reward", sft, comparisons)
+    gold = run("train_gold", sft, comparisons)
     ppo = run("train_ppo", sft, reward, prepared)
     chat = run("quantize", ppo, prepared)
-    evaluation = run("evaluate", base, sft, reward, ppo, chat, comparisons, prepared)
-    run("register", chat, evaluation)
+    evaluation = run("evaluate", base, sft, reward, gold, ppo, chat, comparisons, prepared)
+    run("register", raw, prepared, sft, gold, chat, evaluation)
     return run.outcomes
 
 

@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from chatloom.config import CompareParams
 from chatloom.data.comparisons import (
     Comparison,
     distinct,
+    for_gold,
     imported,
     in_holdout,
     ranked,
@@ -62,7 +64,7 @@ def main() -> None:
             answers = sample(prompts, load_on(SFT, device), engine, params)
         unranked = [(row, own) for row, own in zip(prompts, answers, strict=True) if row.id not in by_people]
         sampled = rank(unranked, sft, params, counts)
-        comparisons = [*found, *by_people.values(), *sampled]
+        comparisons = apart([*found, *by_people.values(), *sampled], rows, params)
         if not any(not comparison.holdout for comparison in comparisons):
             raise InputError(
                 f"no comparison to train on: {ROWS} has {len(rows)} rows and "
@@ -77,6 +79,7 @@ def main() -> None:
             {
                 "prompts": len(comparisons),
                 "pairs": sum(len(comparison.pairs) for comparison in comparisons),
+                "gold/prompts": sum(comparison.gold for comparison in comparisons),
                 "holdout/prompts": len(held_out),
                 "holdout/pairs": sum(len(comparison.pairs) for comparison in held_out),
                 "imported": len(found),
@@ -91,6 +94,12 @@ def main() -> None:
 
 def holdout_of(row: PreparedRow, params: CompareParams) -> bool:
     return in_holdout(row.family, params.holdout, params.seed)
+
+
+def apart(comparisons: Sequence[Comparison], rows: Sequence[PreparedRow], params: CompareParams) -> list[Comparison]:
+    """The comparisons, those marked that train the gold reward model; prompts nearly alike are on one side."""
+    family = {row.id: row.family for row in rows}
+    return [replace(c, gold=not c.holdout and for_gold(family[c.id], params.gold, params.seed)) for c in comparisons]
 
 
 def weights_sha256(model: Path) -> str:

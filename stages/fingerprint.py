@@ -26,7 +26,7 @@ def fingerprint(stage: str, params: Params, pipeline: Path = Path("dvc.yaml")) -
         return None
     values = params.model_dump(mode="json", by_alias=True)
     values["train_ppo"].pop("guards")  # they decide when to stop, not what is computed
-    for name in ("train_sft", "train_reward", "train_ppo"):
+    for name in ("train_sft", "train_reward", "train_gold", "train_ppo"):
         _drop_layout(values[name])
     hashes = {f"params {key}": _text_hash(json.dumps(_value(values, key), sort_keys=True)) for key in listed["params"]}
     for dep in listed["deps"]:

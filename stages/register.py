@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
 
+from chatloom.config import Params
+from chatloom.data.prepared import read_split
+from chatloom.device import resolve_device
 from chatloom.errors import InputError
+from chatloom.evaluation.champion import against_champion
+from chatloom.evaluation.report import render_report
+from chatloom.files import atomic_file
+from chatloom.models.reward_model import load_reward_model
 from chatloom.registry.aliases import champion_of
-from chatloom.registry.gates import evaluate_gates
+from chatloom.registry.card import render_card
+from chatloom.registry.cost import stage_costs, total_cost
+from chatloom.registry.gates import evaluate_gates, flatten
+from chatloom.registry.graph import draw_lineage
 from chatloom.registry.lineage import collect_lineage, find_runs, lineage_tags
 from chatloom.registry.register import Registered, register
+from chatloom.registry.resolve import resolve
 from stages.run import stage
 
-MODEL = Path("models/chat-4bit")
-METRICS = Path("metrics/evaluate.json")
+MODEL, SFT, GOLD, EVAL = Path("models/chat-4bit"), Path("models/sft"), Path("models/gold"), Path("data/prepared/eval")
+METRICS, EVALUATION, REPORTS = Path("metrics/evaluate.json"), Path("reports/evaluate.json"), Path("reports")
+REPORT, CARD = Path("reports/report.html"), Path("reports/model_card.md")
 SAMPLE_QUESTION = "What is the capital of France?"
 
 
@@ -27,9 +40,30 @@ def main() -> None:
         params = run.params.register_
         facts = collect_lineage(run.params, str(MODEL), os.environ.get("CHATLOOM_PRESET"))
         facts["runs"] = find_runs(facts)
+        evaluation = read_json(EVALUATION)
+        metrics = flatten(read_json(METRICS))
         champion = champion_of(MlflowClient(), params.model_name)
-        metrics = read_metrics(METRICS)
-        verdicts = evaluate_gates(params.gates, metrics, facts["sources"], has_champion=champion is not None)
+        if champion is not None:
+            metrics |= compare(run.params, evaluation["candidate"], champion)
+        verdicts = evaluate_gates(params, metrics, facts["sources"], has_champion=champion is not None)
+        costs = stage_costs(facts["runs"], params.cost)
+        total = total_cost(costs)
+        page = render_report(
+            title=f"{params.model_name}: preset {facts['preset']}, git {facts['code']['revision'][:12]}",
+            metrics=metrics,
+            evaluation=evaluation,
+            pictures=REPORTS,
+            verdicts=[asdict(verdict) for verdict in verdicts],
+            costs=[asdict(cost) for cost in (*costs, total)],
+            currency=params.cost.currency,
+            sources=facts["sources"],
+            graph=draw_lineage(params.model_name, facts),
+        )
+        card = render_card(params.model_name, facts, metrics, verdicts, total, params.cost.currency)
+        for path, text in ((REPORT, page), (CARD, card)):
+            with atomic_file(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+            run.artifact(path)
         registered = register(
             MODEL,
             params.model_name,
@@ -38,6 +72,8 @@ def main() -> None:
             facts=facts,
             champion=champion,
             sample_question=SAMPLE_QUESTION,
+            description=card,
+            files=(REPORT, CARD),
         )
         run.table("gates", gate_table(registered))
         run.report(
@@ -47,8 +83,18 @@ def main() -> None:
         run.metrics(summary(registered))
 
 
-def read_metrics(path: Path) -> dict[str, Any]:
-    """What `evaluate` measured.
+def compare(params: Params, candidate: Mapping[str, Any], champion: str) -> dict[str, float]:
+    """The new model against the champion, on the rows that the new one was evaluated on."""
+    runtime = params.runtime
+    device = resolve_device(runtime.device, runtime.dtype, runtime.num_threads)
+    name = params.register_.model_name
+    gold, _ = load_reward_model(GOLD, device, sft=SFT)
+    path = resolve(f"models:/{name}/{champion}").path
+    return against_champion(candidate, path, gold, SFT, read_split(EVAL), params.evaluate, device)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `evaluate` wrote.
 
     Raises:
         InputError: where the file is missing or is no JSON object.
@@ -56,12 +102,12 @@ def read_metrics(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; run the stage evaluate first")
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: not valid JSON: {error}; run the stage evaluate again") from error
-    if not isinstance(metrics, dict):
-        raise InputError(f"{path}: expected an object of metrics, found {type(metrics).__name__}")
-    return metrics
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected an object, found {type(found).__name__}; run the stage evaluate again")
+    return found
 
 
 def gate_table(registered: Registered) -> dict[str, list[Any]]:

@@ -4,8 +4,8 @@
         with run.out("models/sft") as folder:
             ...
 
-Files DVC hashes never hold a run id or a time, so that equal work gives equal bytes. What is measured goes to DVC
-(files) and to MLflow (a run) from one call, so that the two cannot differ.
+Files DVC hashes never hold a run id or a time, those of `register` apart, so that equal work gives equal bytes. What is
+measured goes to DVC (files) and to MLflow (a run) from one call, so that the two cannot differ.
 """
 
 from __future__ import annotations
@@ -154,6 +154,10 @@ class StageRun:
         for column, cells in columns.items():
             rows.setdefault(column, []).extend(cells)
         self._tracked.table(name, columns)
+
+    def rows(self, name: str) -> dict[str, list[Any]]:
+        """All rows of the table `name` so far, those from before a resume too."""
+        return self._tables.get(name, {})
 
     def report(self, name: str, value: Any) -> None:
         """`value` as `reports/<name>.json`, and as an artifact of the run."""

@@ -16,6 +16,7 @@ from chatloom.parallel.ranks import connect
 from chatloom.parallel.strategies import require_runnable
 from chatloom.ppo import preflight
 from chatloom.ppo.experience import Experience, Rollout
+from chatloom.ppo.guards import Answers
 from chatloom.ppo.loop import train_ppo
 from chatloom.ppo.roles import POLICY, load_roles
 from stages.run import stage
@@ -24,6 +25,8 @@ from stages.training import start
 SFT, REWARD = Path("models/sft"), Path("models/reward")
 PROMPTS, PTX, EVAL = (Path("data/prepared", split) for split in ("ppo", "ptx", "eval"))
 ROWS_SHOWN = 8
+LOOKS = "held_out"
+"""Table of what was answered to held-out prompts as the policy changed."""
 
 
 def main() -> None:
@@ -65,15 +68,42 @@ def main() -> None:
                 },
             )
 
+        def keep(step: int, answers: Answers) -> None:
+            run.table(
+                LOOKS,
+                {
+                    "step": [step] * len(watched),
+                    "question": [row.question for row in watched],
+                    "response": roles.chat.tokenizer.batch_decode(answers.ids, skip_special_tokens=True),
+                    "score": answers.scores,
+                    "kl": answers.kl,
+                    "prompt_ids": [row.prompt_ids for row in watched],
+                    "response_ids": answers.ids,
+                },
+            )
+
         with connect("train_ppo", params.parallel, device.device) as ranks:
             checkpoints = run.checkpoints(params.checkpoint_every, ranks)
-            metrics = train_ppo(roles, prompts, ptx, params, run.log, show, checkpoints, held_out=watched, ranks=ranks)
+            metrics = train_ppo(
+                roles,
+                prompts,
+                ptx,
+                params,
+                run.log,
+                show,
+                checkpoints,
+                held_out=watched,
+                on_held_out=keep,
+                ranks=ranks,
+            )
         if ranks.rank == 0:
             model = roles.policy.model
             if roles.policy.adapter is not None:
                 model = merge_adapter(model, POLICY)
             with run.out("models/ppo") as folder:
                 save_causal_lm(folder, model, SFT)
+            # The gold reward model, which comes later, scores them too.
+            run.report(f"train_ppo_{LOOKS}", run.rows(LOOKS))
         run.metrics(metrics)
 
 

@@ -68,6 +68,13 @@ def test_too_long_a_message_does_not_end_the_conversation(checkpoint: Path, engi
         (["serve", "--model", "/nowhere"], "/nowhere: no such folder"),
         (["serve", "--model", "models:chatloom"], "write models:/name@alias"),
         (["chat", "--top-p", "0"], "--top-p 0 leaves no token"),
+        (["lineage", "chatloom"], "chatloom: write models:/name@alias or models:/name/version"),
+        (
+            ["lineage", "models:/chatloom/1", "--graph", "graph.png"],
+            "--graph graph.png: give a name that ends with .svg",
+        ),
+        (["verify", "/some/folder"], "/some/folder: write models:/name@alias"),
+        (["promote", "models:/chatloom", "--reason", "x"], "models:/chatloom: write models:/name@alias"),
     ],
 )
 def test_an_input_error_is_one_line(command: list[str], words: str) -> None:

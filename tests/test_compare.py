@@ -107,6 +107,17 @@ def test_rows_that_ask_nearly_the_same_are_on_one_side_of_the_holdout() -> None:
     assert set(family) == {alone[0]}
 
 
+def test_the_gold_model_learns_from_other_pairs() -> None:
+    rows = [row(f"r{n}", "x", "y") for n in range(200)] + [row(f"f{n}", "x", "y", cluster="r0") for n in range(10)]
+    given = params(gold=0.5)
+    found = compare.apart([compare.imported(one, compare.holdout_of(one, given)) for one in rows], rows, given)
+    assert not any(one.gold and one.holdout for one in found)
+    gold = sum(one.gold for one in found[:200])
+    assert 0.5 * 160 - 20 < gold < 0.5 * 160 + 20, "half of those that are not held out, a fifth of all"
+    assert len({(one.gold, one.holdout) for one in found[200:]} | {(found[0].gold, found[0].holdout)}) == 1
+    assert not any(one.gold for one in compare.apart(found, rows, params(gold=0.0)))
+
+
 def test_hash_names_the_weights(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"a")
     (tmp_path / "config.json").write_text("{}")

@@ -92,7 +92,7 @@ def set_in(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
         ("compare.generation", {"kind": "vllm"}, "compare.generation.gpu_memory_utilization: missing; add it"),
         ("compare.generation", {"kind": "vllm", "gpu_memory_utilization": 1.5}, "should be less than 1"),
         ("register.gates.0.min", None, "gate on 'reward/accuracy' has neither min nor max"),
-        ("register.gates.4.licenses", [], "p.yaml: register.gates.4.licenses = []: "),
+        ("register.licenses.alowed", [], "p.yaml: register.licenses.alowed: unknown key; did you mean 'allowed'?"),
         ("register.gates.0.minimum", 1, "p.yaml: register.gates.0.minimum: unknown key; did you mean 'min'?"),
         ("compare.ranked_by", ["judge"], "compare.judge has to be set where compare.ranked_by names it"),
         ("compare.ranked_by", [], "p.yaml: compare.ranked_by = []: "),

@@ -20,6 +20,7 @@ STAGES = [
     "train_sft",
     "compare",
     "train_reward",
+    "train_gold",
     "train_ppo",
     "quantize",
     "evaluate",
@@ -67,7 +68,8 @@ def test_params_are_the_own_section_and_the_machine() -> None:
     for name, stage in PIPELINE["stages"].items():
         assert stage["params"][0] == name
         # The lineage of a registered version also names the base model and the licences of the data.
-        lineage = {"base_model.source", "raw_data.sources"} if name == "register" else set()
+        # And the champion answers as `evaluate` let the new model answer.
+        lineage = {"base_model.source", "raw_data.sources", "evaluate"} if name == "register" else set()
         assert set(stage["params"]) <= {name, "runtime"} | lineage
         assert {key.split(".")[0] for key in stage["params"]} <= set(sections)
     assert set(sections) == {*STAGES, "runtime"}

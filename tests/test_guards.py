@@ -138,7 +138,8 @@ def test_paired_t_by_hand() -> None:
     assert paired_t([1.0, 2.0], [1.0, 2.0]) == 0
     assert paired_t([0.0, 1.0], [1.0, 2.0]) < -1000, "all alike is as sure as can be, and finite"
     metrics = held_out_metrics(
-        Answers([1.0, 3.0], [10.0, 20.0], [0.5, 1.5]), Answers([0.0, 0.0], [20.0, 40.0], [0.0, 0.0])
+        Answers([[5], [6]], [1.0, 3.0], [10.0, 20.0], [0.5, 1.5]),
+        Answers([[7], [8]], [0.0, 0.0], [20.0, 40.0], [0.0, 0.0]),
     )
     # Differences 1 and 3: mean 2, error 1. Differences -10 and -20: mean -15, error 5.
     assert metrics == pytest.approx(

@@ -108,6 +108,29 @@ def _files(folder: str) -> list[Path]:
     return [path for path in Path(folder).resolve().rglob("*") if path.is_file()]
 
 
+def test_a_run_says_what_it_read_and_made_and_took(project: Path) -> None:
+    listed = {"params": ["train_sft", "runtime.dtype"], "deps": ["x"], "outs": ["made.txt"]}
+    pipeline = {"stages": {"train_sft": listed | {"metrics": ["metrics/train_sft.json"]}}}
+    Path("dvc.yaml").write_text(json.dumps(pipeline))
+    inputs = []
+    for content in ("one", "one", "two"):
+        Path("x").write_text(content)
+        with stage("train_sft") as run:
+            Path("made.txt").write_text("w")
+            run.metrics({"loss": 1.0, "tokens": 12})
+        recorded = runs(project)["train_sft"].data
+        inputs.append(recorded.tags["chatloom.inputs"])
+    assert inputs[0] == inputs[1] != inputs[2]
+    assert recorded.tags["out/made.txt"] == "f1290186a5d0b1ceab27f4e77c0c5d68"  # md5sum of "w"
+    assert "out/metrics/train_sft.json" in recorded.tags
+    assert json.loads(recorded.tags["machine"])["cores"] == len(os.sched_getaffinity(0))
+    assert recorded.metrics["cost/tokens"] == 12
+    assert recorded.metrics["cost/wall_s"] > 0
+    assert recorded.metrics["cost/cpu_hours"] > 0
+    assert 0.01 < recorded.metrics["cost/peak_gib"] < 100
+    assert json.loads(Path("metrics/train_sft.json").read_text()) == {"loss": 1.0, "tokens": 12}
+
+
 def test_what_the_clock_says_is_in_mlflow_and_in_no_file(project: Path) -> None:
     """So that equal work writes equal files."""
     with stage("train_sft") as run:

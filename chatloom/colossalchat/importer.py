@@ -77,7 +77,7 @@ def import_colossalchat(
         if lora is not None:
             stage = read_lora(lora, report.notes)
             # Copies, or YAML would write them as anchors.
-            preset |= {name: copy.deepcopy(stage) for name in ("train_sft", "train_reward", "train_ppo")}
+            preset |= {name: copy.deepcopy(stage) for name in ("train_sft", "train_reward", "train_gold", "train_ppo")}
         (folder / "params.yaml").write_text(_yaml(preset, report.notes), encoding="utf-8")
     return report
 

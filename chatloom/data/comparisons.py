@@ -26,6 +26,7 @@ SCHEMA = pa.schema(
         ("ranks", pa.list_(pa.int32())),
         ("origins", pa.list_(pa.string())),
         ("holdout", pa.bool_()),
+        ("gold", pa.bool_()),
         ("ranked_by", pa.list_(pa.string())),
         ("ranked_at", pa.string()),
         ("sft", pa.string()),
@@ -54,6 +55,8 @@ class Comparison:
     """When people ranked, in UTC; None where the ranking follows from the data alone."""
     sft: str | None = None
     """Hash of the SFT model that the sampled responses are of."""
+    gold: bool = False
+    """Trains the gold reward model, which judges PPO, and not the one that PPO is trained with."""
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
@@ -153,7 +156,16 @@ def _ranks(scores: Sequence[float], min_gap: float) -> list[int]:
 
 def in_holdout(row_id: str, share: float, seed: int) -> bool:
     """Whether a prompt is held out: by hash, so that new rows change nobody's side."""
-    digest = hashlib.sha256(f"{seed}:{row_id}".encode()).digest()
+    return _drawn(f"{seed}:{row_id}", share)
+
+
+def for_gold(row_id: str, share: float, seed: int) -> bool:
+    """Whether a prompt that is not held out trains the gold reward model: by another hash, as independently."""
+    return _drawn(f"{seed}:gold:{row_id}", share)
+
+
+def _drawn(text: str, share: float) -> bool:
+    digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 

@@ -37,7 +37,7 @@ Reply with one line: "A" if answer A is better, "B" if answer B is better, "C" i
 
 
 class OverBudget(Exception):
-    """No request is left of `compare.judge.max_requests`."""
+    """No request is left of the judge's `max_requests`."""
 
 
 @dataclass
@@ -46,6 +46,8 @@ class Judge:
 
     params: JudgeParams
     cache: Path
+    key: str = "compare.judge"
+    """Where its params are, for messages."""
     asked: int = 0
     """Requests sent, the repeated ones too."""
     cached: int = 0
@@ -104,7 +106,7 @@ class Judge:
 
     def _ask(self, body: dict[str, Any]) -> str:
         url = f"{self.params.url.rstrip('/')}/chat/completions"
-        where = f"compare.judge.url = {self.params.url!r}"
+        where = f"{self.key}.url = {self.params.url!r}"
         for attempt in range(self.params.retries + 1):
             if self.asked >= self.params.max_requests:
                 raise OverBudget

@@ -1,20 +1,23 @@
-"""Pictures of a run from its curve files: small multiples of each loop, and the reward-KL frontier of PPO."""
+"""Pictures of a run: small multiples of each loop's curves, PPO's reward against KL, calibration, spreads."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+if TYPE_CHECKING:
+    from chatloom.evaluation.calibration import Bin
 
 INK, SOFT, GRID = "#1f2933", "#52606d", "#e5e7eb"
 SERIES = ("#2563eb", "#d97706", "#059669", "#be185d")
@@ -39,17 +42,19 @@ class Panel:
     """Where a dashed line marks what is worth comparing with."""
 
 
+REWARD = (
+    Panel("Ranking loss", "train.csv", {"loss": ""}, "nats a pair"),
+    Panel("Accuracy on held-out pairs", "eval.csv", {"accuracy": ""}, "share ranked right", level=0.5),
+    Panel("Gradient norm", "train.csv", {"grad_norm": ""}, "before clipping"),
+)
 LOOPS: dict[str, tuple[Panel, ...]] = {
     "train_sft": (
         Panel("Training loss", "train.csv", {"loss": ""}, "nats a token"),
         Panel("Held-out loss", "eval.csv", {"loss_*": "*"}, "nats a token"),
         Panel("Gradient norm", "train.csv", {"grad_norm": ""}, "before clipping"),
     ),
-    "train_reward": (
-        Panel("Ranking loss", "train.csv", {"loss": ""}, "nats a pair"),
-        Panel("Accuracy on held-out pairs", "eval.csv", {"accuracy": ""}, "share ranked right", level=0.5),
-        Panel("Gradient norm", "train.csv", {"grad_norm": ""}, "before clipping"),
-    ),
+    "train_reward": REWARD,
+    "train_gold": REWARD,
     "train_ppo": (
         Panel(
             "Score, rollouts",
@@ -70,13 +75,18 @@ LOOPS: dict[str, tuple[Panel, ...]] = {
 TITLES = {
     "train_sft": "Supervised fine-tuning",
     "train_reward": "Reward model",
+    "train_gold": "Gold reward model, trained on other pairs",
     "train_ppo": "PPO",
     "frontier": "Reward against KL: where rollouts gain and held-out answers do not, the reward model is exploited",
+    "over_optimisation": "Over-optimisation: both reward models on held-out answers, as PPO goes on",
+    "reliability": "Reliability: how often a reward model is right, by how sure it is",
+    "histograms": "Gold score and length of the sampled answers",
 }
+JUDGES = {"reward": "reward model, which PPO is trained with", "gold": "gold reward model, from other pairs"}
 
 
 def draw_run(plots: Path) -> dict[str, Figure]:
-    """The figures of `TITLES` by name; one whose curves are not in the folder `plots` is left out."""
+    """The figures of the loops and the frontier by name; one whose curves are not in the folder `plots` is left out."""
     figures = {loop: draw_loop(loop, plots) for loop in LOOPS} | {"frontier": draw_frontier(plots)}
     return {name: figure for name, figure in figures.items() if figure is not None}
 
@@ -127,6 +137,64 @@ def draw_frontier(plots: Path) -> Figure | None:
     axes.set_ylabel("score, deviations of SFT samples", color=SOFT)
     axes.legend(frameon=False)
     _tidy(axes)
+    return figure
+
+
+def draw_over_optimisation(curve: Sequence[Mapping[str, float]]) -> Figure:
+    """Scores of held-out answers by both reward models against KL from SFT, with bootstrap intervals (Gao 2023)."""
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = figure.subplots()
+    kl = [point["kl"] for point in curve]
+    for color, (judge, label) in zip(SERIES, JUDGES.items(), strict=False):
+        scores = [point[judge] for point in curve]
+        low, high = ([abs(point[f"{judge}_{end}"] - point[judge]) for point in curve] for end in ("low", "high"))
+        axes.errorbar(
+            kl, scores, yerr=[low, high], color=color, label=label, marker="o", linewidth=1.4, elinewidth=0.8, capsize=3
+        )
+    for point in curve:
+        axes.annotate(f"{point['step']:g}", (point["kl"], point["gold"]), xytext=(4, -11), textcoords="offset points")
+    if not curve:
+        axes.text(0.5, 0.5, "no looks at held-out answers: train_ppo.guards.reward_hacking is off", ha="center")
+    axes.set_xlabel("KL to the SFT model, nats a response; the numbers are PPO steps", color=SOFT)
+    axes.set_ylabel("score, deviations of SFT samples", color=SOFT)
+    axes.legend(frameon=False)
+    _tidy(axes)
+    return figure
+
+
+def draw_reliability(bins: Mapping[str, Sequence[Bin]]) -> Figure:
+    """Accuracy against confidence; a dot's area is its share of the pairs, the dashed line is perfect calibration."""
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0.5, 1], [0.5, 1], color=SOFT, linewidth=0.8, linestyle="--")
+    for color, (judge, parts) in zip(SERIES, bins.items(), strict=False):
+        confidence, accuracy = [part.confidence for part in parts], [part.accuracy for part in parts]
+        axes.plot(confidence, accuracy, color=color, linewidth=1.0, label=JUDGES[judge], marker="o", markersize=3)
+        axes.scatter(confidence, accuracy, s=[1200 * part.weight for part in parts], color=color, alpha=0.35)
+    axes.set_xlabel("confidence: probability that the model gives the response it prefers", color=SOFT)
+    axes.set_ylabel("share of held-out pairs ranked right", color=SOFT)
+    axes.set_xlim(0.48, 1.02)
+    axes.set_ylim(-0.05, 1.08)
+    axes.legend(frameon=False, loc="lower right")
+    _tidy(axes)
+    return figure
+
+
+def draw_histograms(scores: Mapping[str, Sequence[float]], lengths: Mapping[str, Sequence[int]]) -> Figure:
+    """How the models' scores and lengths spread, in the same bins, each with its mean."""
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    pictures = zip(figure.subplots(1, 2), (scores, lengths), ("gold score", "tokens of an answer"), strict=True)
+    for axes, values, label in pictures:
+        every = [value for some in values.values() for value in some]
+        edges = np.linspace(min(every), max(every) + 1e-9, 13)
+        for color, (name, some) in zip(cycle(SERIES), values.items(), strict=False):
+            axes.hist(some, edges, histtype="step", color=color, label=name, linewidth=1.6)
+            axes.axvline(float(np.mean(some)), color=color, linewidth=0.9, linestyle=":")
+        axes.set_xlabel(label, color=SOFT)
+        axes.set_ylabel("answers", color=SOFT)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(frameon=False, fontsize=9)
+        _tidy(axes)
     return figure
 
 

@@ -1,40 +1,55 @@
-"""`reports/report.html`: the run on one self-contained page."""
+"""`reports/report.html`: the whole run on one self-contained page."""
 
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
-from matplotlib.figure import Figure
+
+from chatloom.evaluation.figures import TITLES
 
 
 def render_report(
     *,
+    title: str,
     metrics: Mapping[str, float],
-    models: Sequence[str],
-    samples: Sequence[Mapping[str, Any]],
-    figures: Mapping[str, Figure],
+    evaluation: Mapping[str, Any],
+    pictures: Path,
+    verdicts: Sequence[Mapping[str, Any]],
+    costs: Sequence[Mapping[str, Any]],
+    currency: str,
+    sources: Sequence[Mapping[str, Any]],
+    graph: str,
 ) -> str:
     """The page as HTML, pictures inside.
 
     Args:
         metrics: flat, as in `metrics/evaluate.json`.
-        models: names of the models in the order their answers are shown.
-        samples: `{"lang", "prompt", "answers": {model: {"text", "score"}}}`.
-        figures: by what is written above them.
+        evaluation: `reports/evaluate.json`.
+        pictures: folder with `<name>.png` of each of the evaluation's `figures`.
+        verdicts: on the gates.
+        costs: of each stage, and of all in the last place.
+        sources: of the data, as in the lineage.
+        graph: the lineage as SVG.
     """
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
-    pictures = {title: _data_url(figure) for title, figure in figures.items()}
-    template = environment.get_template("report.html.jinja")
-    return template.render(metrics=dict(sorted(metrics.items())), models=models, samples=samples, pictures=pictures)
+    return environment.get_template("report.html.jinja").render(
+        title=title,
+        metrics=dict(sorted(metrics.items())),
+        evaluation=evaluation,
+        pictures={
+            TITLES[name]: _data_url(pictures / f"{name}.png") for name in TITLES if name in evaluation["figures"]
+        },
+        verdicts=verdicts,
+        costs=costs,
+        currency=currency,
+        sources=sources,
+        graph=graph,
+    )
 
 
-def _data_url(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    # Without the version of matplotlib in it: equal figures are equal pages.
-    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight", metadata={"Software": None})
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _data_url(picture: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()

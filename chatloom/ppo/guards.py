@@ -132,6 +132,7 @@ def _ends(history: History, name: str, window: int) -> tuple[float, float] | Non
 class Answers:
     """Greedy answers to the held-out prompts, measured one by one."""
 
+    ids: list[list[int]]
     scores: list[float]
     """By the reward model."""
     chrf: list[float]
@@ -160,6 +161,7 @@ def answer(
     ).responses
     texts = chat.tokenizer.batch_decode(responses, skip_special_tokens=True)
     return Answers(
+        responses,
         score_responses(roles.reward_model, prompts, responses),
         [chrf(text.strip(), row.responses[0]) for text, row in zip(texts, rows, strict=True)],
         kl.along(policy, roles.ref_policy, prompts, responses, params.temperature),

@@ -31,6 +31,7 @@ from chatloom.resume import Checkpoints, weights_hash
 
 T = TypeVar("T")
 OnSamples = Callable[[int, Rollout, Experience], None]
+OnHeldOut = Callable[[int, guards.Answers], None]
 
 
 def train_ppo(
@@ -43,6 +44,7 @@ def train_ppo(
     checkpoints: Checkpoints | None = None,
     *,
     held_out: Sequence[PreparedRow] = (),
+    on_held_out: OnHeldOut | None = None,
     ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Train policy and value in place.
@@ -58,6 +60,7 @@ def train_ppo(
         on_samples: called every `params.sample_every` steps with what was sampled.
         checkpoints: where the state is saved and found again; None starts afresh and saves none.
         held_out: rows with a reference answer, looked at every `params.guards.held_out_every` steps.
+        on_held_out: called with what they were answered, at each look and with 0 before the first step.
         ranks: who train it together.
 
     Raises:
@@ -92,6 +95,8 @@ def train_ppo(
     baseline = guards.answer(roles, roles.ref_policy, held_out, params, ranks) if held_out else None
     if baseline is not None and saved is None:
         log(0, guards.held_out_metrics(baseline, baseline))
+        if on_held_out is not None:
+            on_held_out(0, baseline)
     updates = done * params.ppo_epochs * params.num_minibatches
     prompt_batches = islice(_cycle(prompts, params.rollout_batch, params.seed), done, None)
     ptx_batches = islice(_cycle(ptx, params.ptx_batch, params.seed + 1), updates, None) if params.ptx_coef > 0 else None
@@ -120,6 +125,8 @@ def train_ppo(
             if baseline is not None and step % params.guards.held_out_every == 0:
                 answers = guards.answer(roles, roles.policy, held_out, params, ranks)
                 metrics |= guards.held_out_metrics(answers, baseline)
+                if on_held_out is not None:
+                    on_held_out(step, answers)
             log(step, metrics)
             history.append(metrics)
             if step % params.sample_every == 0 or step in (1, params.num_steps):
@@ -257,6 +264,7 @@ def _summary(history: Sequence[dict[str, float]], params: TrainPpoParams) -> dic
     seconds = sum(sum(row[f"time/{part}"] for part in ("rollout", "experience", "update")) for row in history)
     return {
         "steps": len(history),
+        "tokens": round(sum(row["objective/response_tokens"] for row in history) * params.rollout_batch),
         **first,
         **last,
         "objective/kl_coef": history[-1]["objective/kl_coef"],

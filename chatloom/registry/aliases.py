@@ -66,7 +66,7 @@ def move_champion(
     if not reason.strip():
         raise InputError("--reason is empty: say why the champion moves; it is kept with the model")
     require_champion(client, name, expected)
-    now = datetime.now(UTC).isoformat(timespec="microseconds")
+    now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"  # a name that MLflow takes as a tag's
     move = Move(action, version, expected, reason.strip(), _who(), now)
     tag = f"{HISTORY}{now}"
     client.set_registered_model_tag(name, tag, json.dumps(asdict(move), ensure_ascii=False))
@@ -105,7 +105,7 @@ def champion_before(moves: Sequence[Move], champion: str | None) -> str | None:
     """
     stack: list[str] = []
     followed = [*(move.before for move in moves[1:]), champion]
-    for move in (move for move, now in zip(moves, followed, strict=True) if move.version == now):
+    for move in (move for move, now in zip(moves, followed, strict=False) if move.version == now):
         if move.action == "rollback" and move.version in stack:
             del stack[stack.index(move.version) + 1 :]
         else:

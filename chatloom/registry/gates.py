@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from chatloom.config import Gate, LicenseGate
+from chatloom.config import Gate, LicenseGate, RegisterParams
 from chatloom.errors import InputError
 
 CHAMPION_METRICS = (
@@ -33,13 +33,9 @@ class Verdict:
 
 
 def evaluate_gates(
-    gates: Sequence[Gate | LicenseGate],
-    metrics: Mapping[str, Any],
-    sources: Sequence[Mapping[str, Any]],
-    *,
-    has_champion: bool,
+    params: RegisterParams, metrics: Mapping[str, Any], sources: Sequence[Mapping[str, Any]], *, has_champion: bool
 ) -> tuple[Verdict, ...]:
-    """One verdict a gate, in the gates' order.
+    """One verdict a gate, in the gates' order, and that on the licences.
 
     Args:
         metrics: of `metrics/evaluate.json`, nested or flat: `{"ppo": {"kl": 3}}` and `{"ppo/kl": 3}` are the same.
@@ -49,12 +45,11 @@ def evaluate_gates(
         InputError: for a gate on a metric that was not measured or is no number.
     """
     flat = flatten(metrics)
-    return tuple(
-        _judge_licenses(gate, sources)
-        if isinstance(gate, LicenseGate)
-        else _judge(f"register.gates[{index}].metric = {gate.metric!r}", gate, flat, has_champion)
-        for index, gate in enumerate(gates)
-    )
+    verdicts = [
+        _judge(f"register.gates[{index}].metric = {gate.metric!r}", gate, flat, has_champion)
+        for index, gate in enumerate(params.gates)
+    ]
+    return (*verdicts, _judge_licenses(params.licenses, sources))
 
 
 def holds(verdicts: Sequence[Verdict]) -> bool:
@@ -102,11 +97,11 @@ def _judge(key: str, gate: Gate, metrics: Mapping[str, Any], has_champion: bool)
 
 def _judge_licenses(gate: LicenseGate, sources: Sequence[Mapping[str, Any]]) -> Verdict:
     learned = [source for source in sources if set(source["splits"]) - {"eval"}]
-    others = [f"{source['name']}: {source['license']}" for source in learned if source["license"] not in gate.licenses]
+    others = [f"{source['name']}: {source['license']}" for source in learned if source["license"] not in gate.allowed]
     # Without a record of the rows nobody knows what the model learned from: that is no pass.
     if not learned:
         others = ["no source's rows are recorded"]
-    bound = f"only {', '.join(gate.licenses)}"
+    bound = f"only {', '.join(gate.allowed)}"
     return Verdict(
         "data/other_licenses",
         float(len(others)),

@@ -77,7 +77,7 @@ def registry_errors(purpose: str) -> Iterator[None]:
     except (MlflowException, SQLAlchemyError, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{purpose}: the registry at {get_tracking_uri()} did not do it: {first}\n"
+            f"{purpose}: the registry at {get_tracking_uri()} did not do it: {first}; if it is down, "
             "start it (make ui), or set MLFLOW_TRACKING_URI to one that runs"
         ) from error
     finally:

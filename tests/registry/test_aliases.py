@@ -45,7 +45,7 @@ def model(store: str, request: pytest.FixtureRequest) -> str:
     name = re.sub(r"\W", "-", request.node.name)
     client.create_registered_model(name)
     for tags in ({"status": "accepted"}, {"status": "rejected", "rejected.reason": "ppo/kl = 50"}, {}):
-        client.create_model_version(name, source="mlflow-artifacts:/nowhere", tags=tags)
+        client.create_model_version(name, source="s3://nowhere/model", tags=tags)
     return name
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from chatloom.config import Gate, LicenseGate
+from chatloom.config import Cost, Gate, LicenseGate, RegisterParams
 from chatloom.errors import InputError
 from chatloom.registry import gates as module
 from chatloom.registry.gates import Verdict, holds, reason
@@ -13,8 +13,20 @@ from chatloom.registry.gates import Verdict, holds, reason
 NESTED = {"reward": {"accuracy": 0.5}, "ppo": {"kl": 12, "steps": {"n": 8}}, "note": "text", "flag": True}
 
 
-def evaluate_gates(gates: Any, metrics: Any, *, has_champion: bool = True) -> tuple[Verdict, ...]:
-    return module.evaluate_gates(gates, metrics, [], has_champion=has_champion)
+COST = Cost(currency="USD", cpu_hour=0, gpu_hour=0, cpu_watts=0, gpu_watts=0)
+
+
+def params(gates: list[Gate], allowed: list[str], *, blocks: bool = True) -> RegisterParams:
+    licenses = LicenseGate(allowed=allowed, blocks=blocks)
+    return RegisterParams(model_name="x", cost=COST, gates=gates, licenses=licenses)
+
+
+def evaluate_gates(gates: list[Gate], metrics: Any, *, has_champion: bool = True) -> tuple[Verdict, ...]:
+    """The verdicts on metrics, of a model whose data may be used."""
+    source = {"name": "own", "license": "MIT", "splits": {"sft": 1}}
+    *verdicts, licenses = module.evaluate_gates(params(gates, ["MIT"]), metrics, [source], has_champion=has_champion)
+    assert licenses.verdict == "pass"
+    return tuple(verdicts)
 
 
 def gate(metric: str, low: float | None = None, high: float | None = None, *, blocks: bool = True) -> Gate:
@@ -100,19 +112,14 @@ SOURCES = [
 def test_licences_of_the_data_that_was_learned_from(
     allowed: list[str], sources: list[Any], blocks: bool, verdict: str, value: float, note: str
 ) -> None:
-    gates = [LicenseGate(licenses=allowed, blocks=blocks)]
-    (found,) = module.evaluate_gates(gates, {}, sources, has_champion=False)
+    (found,) = module.evaluate_gates(params([], allowed, blocks=blocks), {}, sources, has_champion=False)
     assert (found.verdict, found.value, found.note) == (verdict, value, note)
     assert found.bound == f"only {', '.join(allowed)}"
 
 
 def test_why_a_version_is_rejected() -> None:
-    gates = [
-        gate("ppo/kl", high=1.0),
-        gate("ppo/kl", high=2.0, blocks=False),
-        LicenseGate(licenses=["MIT"], blocks=True),
-    ]
-    verdicts = module.evaluate_gates(gates, NESTED, SOURCES[1:2], has_champion=False)
+    gates = [gate("ppo/kl", high=1.0), gate("ppo/kl", high=2.0, blocks=False)]
+    verdicts = module.evaluate_gates(params(gates, ["MIT"]), NESTED, SOURCES[1:2], has_champion=False)
     assert reason(verdicts) == ("ppo/kl = 12, bound <= 1; data/other_licenses = 1, bound only MIT (web: CC-BY-NC-4.0)")
 
 

@@ -16,12 +16,15 @@ import httpx
 import mlflow
 import pytest
 import yaml
+from typer.testing import CliRunner
 
-from chatloom.config import Gate
+from chatloom.cli import app
+from chatloom.config import Cost, Gate, LicenseGate, RegisterParams
 from chatloom.errors import InputError
 from chatloom.models.sampling import Sampling
 from chatloom.registry.aliases import champion_of
 from chatloom.registry.gates import evaluate_gates
+from chatloom.registry.hashes import dvc_md5
 from chatloom.registry.register import REQUIREMENTS, Registered, register
 from chatloom.registry.resolve import resolve
 from chatloom.registry.versions import describe, read_version
@@ -54,6 +57,8 @@ LINEAGE = {
     "data.sources": '[{"name": "own", "from": "own.jsonl", "license": "Apache-2.0"}]',
     "dvc.model": "5d4.dir",
 }
+COST = Cost(currency="USD", cpu_hour=0, gpu_hour=0, cpu_watts=0, gpu_watts=0)
+LICENSES = LicenseGate(allowed=["Apache-2.0"], blocks=True)
 METRICS = {"reward": {"accuracy": 0.75}, "ppo": {"kl": 12.0}, "note": "text"}
 QUESTION = {"input": [{"role": "user", "content": "你好"}], "max_output_tokens": 6, "temperature": 0.0}
 
@@ -69,7 +74,12 @@ def run_register(checkpoint: Path, max_kl: float, *, name: str = NAME) -> Regist
             checkpoint,
             name,
             metrics=METRICS,
-            verdicts=evaluate_gates(gates, METRICS, [SOURCE], has_champion=champion is not None),
+            verdicts=evaluate_gates(
+                RegisterParams(model_name=name, cost=COST, gates=gates, licenses=LICENSES),
+                METRICS,
+                [SOURCE],
+                has_champion=champion is not None,
+            ),
             facts=FACTS,
             champion=champion,
             sample_question="你好",
@@ -90,7 +100,7 @@ def aliases() -> dict[str, str]:
 def test_champion_only_if_gates_hold(versions: tuple[Registered, Registered]) -> None:
     good, bad = versions
     assert (good.version, good.champion, bad.version, bad.champion) == (1, True, 2, False)
-    assert [verdict.verdict for verdict in bad.verdicts] == ["pass", "fail"]
+    assert [verdict.verdict for verdict in bad.verdicts] == ["pass", "fail", "pass"]
     # MLflow gives versions of aliases as text or as numbers, by its version.
     assert {alias: str(version) for alias, version in aliases().items()} == {"champion": "1", "challenger": "2"}
 
@@ -120,6 +130,30 @@ def test_the_lineage_travels_with_the_version(versions: tuple[Registered, Regist
     assert "4-bit     bits 4" in text
     refused = describe(read_version(f"models:/{NAME}/2"))
     assert "status    rejected: ppo/kl = 12, bound <= 1" in refused
+
+
+def test_the_command_shows_and_draws_it(versions: tuple[Registered, Registered], tmp_path: Path) -> None:
+    graph = tmp_path / "lineage.html"
+    done = CliRunner().invoke(app, ["lineage", f"models:/{NAME}/2", "--json", "--graph", str(graph)])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert (found["version"], found["status"], found["aliases"]) == ("2", "rejected", ["challenger"])
+    assert found["sources"] == [SOURCE]
+    assert f"models:/{NAME}/2 @challenger" in graph.read_text()
+    promoted = CliRunner().invoke(app, ["promote", f"models:/{NAME}@challenger", "--reason", "better"])
+    assert promoted.exit_code == 1
+    assert "version 2 was rejected: ppo/kl = 12, bound <= 1" in promoted.stderr
+
+
+def test_verify_hashes_the_weights_in_the_registry(
+    versions: tuple[Registered, Registered], checkpoint: Path, tmp_path: Path
+) -> None:
+    # The lineage of these versions names another hash than their files have.
+    done = CliRunner().invoke(app, ["verify", f"models:/{NAME}/1", "--workspace", str(tmp_path)])
+    assert done.exit_code == 1
+    assert f"changed: weights models:/{NAME}/1: its files have the hash {dvc_md5(checkpoint)}" in done.stdout
+    assert "5d4.dir" in done.stdout
+    assert "missing: code abc123: this repository has no such commit; fetch it" in done.stdout
 
 
 def test_metrics_are_tied_to_the_model(versions: tuple[Registered, Registered]) -> None:

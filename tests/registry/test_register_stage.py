@@ -15,14 +15,15 @@ import pytest
 
 from chatloom.registry.gates import Verdict
 from chatloom.registry.register import Registered
-from stages.register import gate_table, read_metrics, summary
+from stages.register import gate_table, read_json, summary
 
 ROOT = Path(__file__).parents[2]
 METRICS = {
     "reward": {"accuracy": 0.8},
     "perplexity": {"quantized_ratio": 1.1},
     "ppo": {"kl": 9.0},
-    "win_rate": {"mean": 0.5, "high": 0.6},
+    "gold": {"accuracy": 0.7},
+    "win_rate": {"ppo_over_sft": {"gold": 0.5, "gold_high": 0.6}},
 }
 
 
@@ -52,7 +53,7 @@ def test_metrics_that_cannot_be_read(tmp_path: Path, text: str | None, words: st
     if text is not None:
         path.write_text(text)
     with pytest.raises(ValueError, match=words):
-        read_metrics(path)
+        read_json(path)
 
 
 @pytest.fixture
@@ -64,6 +65,8 @@ def workspace(tmp_path: Path, checkpoint: Path) -> Path:
     (tmp_path / "reports").mkdir()
     prepared = {"splits": {"sft": {"sources": {"starter": 9}}}}
     (tmp_path / "reports" / "prepare_data.json").write_text(json.dumps(prepared))
+    evaluation = {"models": [], "figures": [], "samples": [], "probes": [], "candidate": {}}
+    (tmp_path / "reports" / "evaluate.json").write_text(json.dumps(evaluation))
     return tmp_path
 
 
@@ -81,7 +84,12 @@ def test_register_then_serve(workspace: Path) -> None:
     assert (measured["version"], measured["champion"]) == (1, 1)
     assert measured["gate"]["perplexity"]["quantized_ratio"] == 1
     report = json.loads((workspace / "reports" / "register.json").read_text())
-    assert [gate["verdict"] for gate in report["gates"]] == ["pass"] * 5
+    assert [gate["verdict"] for gate in report["gates"]] == ["pass"] * 8
+
+    card = (workspace / "reports" / "model_card.md").read_text()
+    assert "| starter (`data/starter/*.jsonl`) | unknown of unknown | sft 9 | Apache-2.0 |" in card
+    assert "right on 70 % of held-out pairs" in card
+    assert "chatloom: preset default" in (workspace / "reports" / "report.html").read_text()
 
     # No tracking address anywhere: the command finds mlflow.db where it runs.
     serve = [sys.executable, "-m", "chatloom.cli", "serve", "--port", "0", "--device", "cpu"]
