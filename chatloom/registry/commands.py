@@ -76,12 +76,15 @@ def promote(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="models:/name/version or models:/name@challenger.")],
     reason: ReasonOption,
     expect: ExpectOption = None,
+    without_comparison: Annotated[
+        bool, typer.Option("--without-comparison", help="Though its gates compared it with another champion.")
+    ] = False,
 ) -> None:
     """Make a version the champion; one that failed a gate is refused."""
     with _input_errors():
         from chatloom.registry.versions import promote as run
 
-        move = run(model, reason, expect)
+        move = run(model, reason, expect, compared=not without_comparison)
     typer.echo(f"version {move.version} is champion, before: {move.before or 'none'}")
 
 

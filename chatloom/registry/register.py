@@ -19,7 +19,7 @@ from chatloom.files import write_json
 from chatloom.registry import gates
 from chatloom.registry.aliases import CHALLENGER, move_champion
 from chatloom.registry.gates import Verdict
-from chatloom.registry.lineage import FILE, Facts, lineage_tags
+from chatloom.registry.lineage import FILE, NONE, Facts, lineage_tags
 from chatloom.registry.resolve import ARTIFACT
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ EXAMPLE_TOKENS = 4
 """Answer length of the prediction that MLflow makes to check a model that is logged."""
 STATUS, ACCEPTED, REJECTED = "status", "accepted", "rejected"
 """Tag of a version that says whether every blocking gate holds; `rejected.reason` says which does not."""
+COMPARED_WITH = "champion.compared_with"
+"""Tag of a version: the champion that its gates compared it with."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def register(
         **lineage_tags(facts),
         "gates": json.dumps([asdict(verdict) for verdict in verdicts], ensure_ascii=False),
         "gates.hold": str(promoted).lower(),
-        "champion.compared_with": champion or "none",
+        COMPARED_WITH: champion or NONE,
         STATUS: ACCEPTED if promoted else REJECTED,
         **({} if promoted else {"rejected.reason": gates.reason(verdicts)}),
     }

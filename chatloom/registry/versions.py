@@ -12,7 +12,7 @@ from typing import Any
 from chatloom.errors import InputError
 from chatloom.registry.aliases import CHAMPION, Move, champion_before, champion_of, move_champion, read_moves
 from chatloom.registry.lineage import FILE, NONE, Facts, parents
-from chatloom.registry.register import REJECTED, STATUS
+from chatloom.registry.register import COMPARED_WITH, REJECTED, STATUS
 from chatloom.registry.resolve import ADDRESS, registry_errors, use_tracking_store, version_number
 
 
@@ -82,14 +82,16 @@ def read_version(uri: str) -> Version:
     )
 
 
-def promote(uri: str, reason: str, expect: str | None = None) -> Move:
+def promote(uri: str, reason: str, expect: str | None = None, *, compared: bool = True) -> Move:
     """Make the version that `uri` means champion.
 
     Args:
         expect: version that has to be champion now, `none` for none; None takes whichever is.
+        compared: whether its gates must have compared it with the present champion, on the same rows.
 
     Raises:
-        InputError: where it broke a gate, is champion already, or the champion is not the expected one.
+        InputError: where it broke a gate, was compared with another champion, is champion already, or the champion is
+            not the expected one.
     """
     address = _address(uri)
     import mlflow
@@ -106,6 +108,13 @@ def promote(uri: str, reason: str, expect: str | None = None) -> Move:
             raise InputError(
                 f"{uri}: version {number} was rejected: {tags['rejected.reason']}; a version that broke a gate is "
                 "never champion: register one that holds, or change register.gates and register this one again"
+            )
+        rival = tags.get(COMPARED_WITH, NONE)
+        if compared and before is not None and rival != before:
+            met = "no champion" if rival == NONE else f"version {rival}"
+            raise InputError(
+                f"{uri}: version {number} was compared with {met}, the champion is version {before}: register it again "
+                "to measure both on the same rows, or say --without-comparison"
             )
         return move_champion(client, name, number, expected=before, action="promote", reason=reason)
 

@@ -44,7 +44,8 @@ def model(store: str, request: pytest.FixtureRequest) -> str:
     client = mlflow.MlflowClient()
     name = re.sub(r"\W", "-", request.node.name)
     client.create_registered_model(name)
-    for tags in ({"status": "accepted"}, {"status": "rejected", "rejected.reason": "ppo/kl = 50"}, {}):
+    accepted = {"status": "accepted", "champion.compared_with": "1"}
+    for tags in ({"status": "accepted"}, {"status": "rejected", "rejected.reason": "ppo/kl = 50"}, accepted):
         client.create_model_version(name, source="s3://nowhere/model", tags=tags)
     return name
 
@@ -63,6 +64,16 @@ def test_promote_and_roll_back_keep_who_and_why(model: str) -> None:
     with pytest.raises(InputError, match=r"no champion is recorded before version 1; name the version"):
         rollback(model, "further")
     assert champion_of(client, model) == "1"
+
+
+def test_a_version_is_promoted_over_the_champion_that_it_was_compared_with(model: str) -> None:
+    client = mlflow.MlflowClient()
+    promote(f"models:/{model}/3", "the only one")  # over none: nothing to compare with
+    words = "version 1 was compared with no champion, the champion is version 3: register it again"
+    with pytest.raises(InputError, match=words):
+        promote(f"models:/{model}/1", "better")
+    assert champion_of(client, model) == "3"
+    assert promote(f"models:/{model}/1", "better", compared=False).before == "3"
 
 
 @pytest.mark.parametrize(
