@@ -30,6 +30,7 @@ AGENT = PACKAGE / "registry" / "agent.py"
 REQUIREMENTS = ("gptqmodel", "jinja2", "mlflow", "pyarrow", "safetensors", "tokenizers", "torch", "transformers")
 EXAMPLE_TOKENS = 4
 """Answer length of the prediction that MLflow makes to check a model that is logged."""
+LONGEST_DESCRIPTION = 5000  # a column of MLflow's database
 STATUS, ACCEPTED, REJECTED = "status", "accepted", "rejected"
 """Tag of a version that says whether every blocking gate holds; `rejected.reason` says which does not."""
 COMPARED_WITH = "champion.compared_with"
@@ -92,7 +93,7 @@ def register(
         **({} if promoted else {"rejected.reason": gates.reason(verdicts)}),
     }
     version = str(mlflow.register_model(model.model_uri, name, tags=tags).version)
-    client.update_model_version(name, version, description)
+    client.update_model_version(name, version, _shortened(description))
     client.set_registered_model_alias(name, CHALLENGER, version)
     log.info("%s version %s is @%s, %s", name, version, CHALLENGER, tags[STATUS])
     if promoted:
@@ -100,6 +101,14 @@ def register(
             client, name, version, expected=champion, action="promote", reason="registered; every blocking gate holds"
         )
     return Registered(int(version), promoted, verdicts)
+
+
+def _shortened(description: str) -> str:
+    """Whole lines of it, as many as a registry keeps."""
+    if len(description) <= LONGEST_DESCRIPTION:
+        return description
+    rest = "(shortened: model_card.md among the files of the version is whole)"
+    return description[: LONGEST_DESCRIPTION - len(rest) - 2].rpartition("\n")[0] + f"\n\n{rest}"
 
 
 def _log_model(model_dir: Path, sample_question: str) -> Any:

@@ -83,7 +83,7 @@ def run_register(checkpoint: Path, max_kl: float, *, name: str = NAME) -> Regist
             facts=FACTS,
             champion=champion,
             sample_question="你好",
-            description="# A card",
+            description="# A card\n" + "words\n" * 1000,
         )
 
 
@@ -124,7 +124,10 @@ def test_the_lineage_travels_with_the_version(versions: tuple[Registered, Regist
     version = read_version(f"models:/{NAME}@champion")
     assert (version.number, version.facts, version.aliases) == ("1", FACTS, ["champion"])
     assert [(move.action, move.version, move.before) for move in version.moves] == [("promote", "1", None)]
-    assert mlflow.MlflowClient().get_model_version(NAME, "1").description == "# A card"
+    description = mlflow.MlflowClient().get_model_version(NAME, "1").description
+    assert len(description) <= 5000
+    assert description.startswith("# A card\nwords\n")
+    assert description.endswith("words\n\n(shortened: model_card.md among the files of the version is whole)")
     text = describe(version)
     assert "own  2 of 3 rows, licence Apache-2.0, from own.jsonl" in text
     assert "4-bit     bits 4" in text
