@@ -306,9 +306,9 @@ def test_over_optimisation_shows_both_judges_against_kl() -> None:
     later = {"step": 4, "kl": 2.0, "reward": 1.0, "reward_low": 0.5, "reward_high": 1.5, "gold": -0.5}
     bounds = {"gold_low": -1.0, "gold_high": 1.0}
     (axes,) = draw_over_optimisation([point | bounds, later | bounds]).axes
-    reward, gold = axes.containers
-    assert reward.lines[0].get_xydata().tolist() == [[0, 0.1], [2, 1.0]]
-    assert gold.lines[0].get_xydata().tolist() == [[0, 0.2], [2, -0.5]]
+    reward, gold = axes.lines
+    assert reward.get_xydata().tolist() == [[0, 0.1], [2, 1.0]]
+    assert gold.get_xydata().tolist() == [[0, 0.2], [2, -0.5]]
     assert [text.get_text() for text in axes.texts] == ["0", "4"]
     (axes,) = draw_over_optimisation([]).axes
     assert "reward_hacking is off" in axes.texts[0].get_text()
@@ -321,6 +321,9 @@ def test_reliability_and_histograms() -> None:
     scores, lengths = draw_histograms({"sft": [0.0, 1.0], "ppo": [1.0, 1.0]}, {"sft": [3, 4], "ppo": [3, 3]}).axes
     assert [text.get_text() for text in scores.get_legend().get_texts()] == ["sft", "ppo"]
     assert lengths.get_xlabel() == "tokens of an answer"
+    assert [sum(bar.get_height() for bar in bars) for bars in lengths.containers] == [2, 2]
+    (alone, _) = draw_histograms({"sft": [1.0]}, {"sft": [3]}).axes
+    assert alone.get_xlim()[0] < 0.5 < 1.5 < alone.get_xlim()[1], "one value has a bin around it"
 
 
 def test_only_long_curves_are_smoothed() -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 INK, SOFT, GRID = "#1f2933", "#52606d", "#e5e7eb"
 SERIES = ("#2563eb", "#d97706", "#059669", "#be185d")
-COLUMNS = 3
+COLUMNS, BINS = 3, 8
 LONG = 40
 """Points from which on a curve is drawn as a running mean, with the points themselves faint behind it."""
 
@@ -141,16 +141,14 @@ def draw_frontier(plots: Path) -> Figure | None:
 
 
 def draw_over_optimisation(curve: Sequence[Mapping[str, float]]) -> Figure:
-    """Scores of held-out answers by both reward models against KL from SFT, with bootstrap intervals (Gao 2023)."""
+    """Scores of held-out answers by both reward models against KL from SFT, bootstrap intervals as bands (Gao 2023)."""
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.subplots()
     kl = [point["kl"] for point in curve]
     for color, (judge, label) in zip(SERIES, JUDGES.items(), strict=False):
-        scores = [point[judge] for point in curve]
-        low, high = ([abs(point[f"{judge}_{end}"] - point[judge]) for point in curve] for end in ("low", "high"))
-        axes.errorbar(
-            kl, scores, yerr=[low, high], color=color, label=label, marker="o", linewidth=1.4, elinewidth=0.8, capsize=3
-        )
+        mean, low, high = ([point[f"{judge}{end}"] for point in curve] for end in ("", "_low", "_high"))
+        axes.plot(kl, mean, color=color, label=label, marker="o", linewidth=1.6, markersize=4.5)
+        axes.fill_between(kl, low, high, color=color, alpha=0.13, linewidth=0)
     for point in curve:
         axes.annotate(f"{point['step']:g}", (point["kl"], point["gold"]), xytext=(4, -11), textcoords="offset points")
     if not curve:
@@ -181,15 +179,17 @@ def draw_reliability(bins: Mapping[str, Sequence[Bin]]) -> Figure:
 
 
 def draw_histograms(scores: Mapping[str, Sequence[float]], lengths: Mapping[str, Sequence[int]]) -> Figure:
-    """How the models' scores and lengths spread, in the same bins, each with its mean."""
+    """How the models' scores and lengths spread: a bar for each model in each bin, and its mean as a dotted line."""
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     pictures = zip(figure.subplots(1, 2), (scores, lengths), ("gold score", "tokens of an answer"), strict=True)
     for axes, values, label in pictures:
         every = [value for some in values.values() for value in some]
-        edges = np.linspace(min(every), max(every) + 1e-9, 13)
-        for color, (name, some) in zip(cycle(SERIES), values.items(), strict=False):
-            axes.hist(some, edges, histtype="step", color=color, label=name, linewidth=1.6)
-            axes.axvline(float(np.mean(some)), color=color, linewidth=0.9, linestyle=":")
+        low, high = min(every), max(every)
+        edges = np.linspace(low, high, BINS + 1) if high > low else np.array([low - 0.5, low + 0.5])
+        colors = SERIES[: len(values)]
+        axes.hist([list(some) for some in values.values()], edges, color=colors, label=list(values))
+        for color, some in zip(colors, values.values(), strict=True):
+            axes.axvline(float(np.mean(some)), color=color, linewidth=1.2, linestyle=":")
         axes.set_xlabel(label, color=SOFT)
         axes.set_ylabel("answers", color=SOFT)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
