@@ -244,7 +244,9 @@ def report(
         with run.out("plots/evaluate"):
             pass  # an out that DVC will look for
     for point in curve:
-        run.log(point["step"], {f"over_optimisation/{name}": value for name, value in point.items() if name != "step"})
+        run.log(
+            int(point["step"]), {f"over_optimisation/{name}": value for name, value in point.items() if name != "step"}
+        )
     figures = draw_run(Path("plots"))
     figures |= {
         "over_optimisation": draw_over_optimisation(curve),

@@ -11,7 +11,7 @@ from chatloom.registry.lineage import NONE, Facts, parents
 
 INK, SOFT, LINE, PANEL = "#1f2933", "#52606d", "#cbd2d9", "#f8fafc"
 LANES = ("#2563eb", "#d97706", "#059669", "#be185d", "#7c3aed", "#0891b2", "#65a30d", "#b45309")
-BOX, GAP, ROW_GAP, MARGIN, LANE = 330, 24, 38, 16, 13
+BOX, GAP, ROW_GAP, MARGIN, LANE = 345, 24, 38, 16, 13
 LINE_HEIGHT, PADDING = 17, 11
 SOURCES, VERSION = "sources", "version"
 SHORT = 12
@@ -169,4 +169,4 @@ def _code_line(facts: Facts) -> str:
 
 
 def _cut(line: str) -> str:
-    return line if len(line) <= 52 else f"{line[:51]}…"
+    return line if len(line) <= 50 else f"{line[:49]}…"

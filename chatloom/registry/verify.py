@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from chatloom.errors import InputError
 from chatloom.registry.hashes import DIRECTORY, dvc_dir_md5, dvc_md5
-from chatloom.registry.lineage import INPUTS_TAG, NONE, OUT_TAG, Facts
+from chatloom.registry.lineage import INPUTS_TAG, NONE, OUT_TAG, Facts, read_stages
 from chatloom.registry.resolve import registry_errors, resolve
 from chatloom.registry.versions import read_version
 
@@ -93,7 +93,9 @@ def _check_recorded(facts: Facts, workspace: Path) -> Iterator[Finding]:
     """Deps, outs and files, each hash once."""
     outs = {path: md5 for stage in facts["stages"].values() for path, md5 in stage["outs"].items()}
     deps = {path: md5 for stage in facts["stages"].values() for path, md5 in stage["deps"].items()}
-    cache = _cache(workspace)
+    lock = workspace / "dvc.lock"
+    now = read_stages(lock) if lock.is_file() else {}
+    claimed = {(path, md5) for stage in now.values() for path, md5 in stage["outs"].items()}
     kinds: tuple[tuple[Literal["out", "dep", "file"], Mapping[str, str]], ...] = (
         ("out", outs),
         ("dep", {path: md5 for path, md5 in deps.items() if path not in outs}),
@@ -102,22 +104,32 @@ def _check_recorded(facts: Facts, workspace: Path) -> Iterator[Finding]:
     for kind, hashes in kinds:
         for path, md5 in hashes.items():
             if md5 != NONE:
-                yield _look(kind, path, md5, workspace, cache, facts["code"]["revision"])
+                yield _look(kind, path, md5, workspace, facts["code"]["revision"], claimed=(path, md5) in claimed)
 
 
 def _look(
-    kind: Literal["out", "dep", "file"], path: str, md5: str, workspace: Path, cache: Path, revision: str
+    kind: Literal["out", "dep", "file"], path: str, md5: str, workspace: Path, revision: str, *, claimed: bool
 ) -> Finding:
-    """The state of one path: as it was in the workspace, or else in DVC's cache or git."""
+    """The state of one path: as it was in the workspace, or else in DVC's cache or git.
+
+    Args:
+        claimed: whether the workspace's own `dvc.lock` names these bytes: others there were put behind DVC's back.
+    """
     here = dvc_md5(workspace / path)
     if here == md5:
         return Finding(kind, path, "same")
     state: State = "missing" if here is None else "changed"
+    cached = _cached_md5(_cache(workspace), md5) == md5
+    if claimed and here is not None:
+        remedy = f"dvc checkout --force {path}" if cached else "DVC's cache does not have the right bytes (dvc pull)"
+        return Finding(kind, path, "changed", f"dvc.lock says {md5}, it is {here}; {remedy}")
     what = f"{state} in the workspace, the right bytes are in"
-    if _cached_md5(cache, md5) == md5:
+    if cached:
         return Finding(kind, path, "elsewhere", f"{what} DVC's cache")
     if revision != NONE and _git_md5(workspace, revision, path) == md5:
         return Finding(kind, path, "elsewhere", f"{what} git {revision[:12]}")
+    if path == "params.yaml":
+        return Finding(kind, path, "elsewhere", f"{state} in the workspace, its values are in the lineage")
     found = "nothing there" if here is None else f"now {here}"
     return Finding(
         kind, path, state, f"was {md5}, {found}, and neither DVC's cache nor git has it (dvc pull, git fetch)"

@@ -127,6 +127,23 @@ def test_one_byte_changed_is_found_and_said_where_the_right_one_is(workspace: Pa
     assert summarize(list(found.values())).startswith("changed: out models/m: was ")
 
 
+def test_bytes_that_the_workspace_claims_to_have_are_changed_though_the_cache_has_them(workspace: Path) -> None:
+    recorded = facts(workspace)
+    outs = [{"path": "models/m", "md5": recorded["model"]["md5"]}]
+    lock = {"stages": {"train": {"cmd": "x", "outs": outs}}}
+    (workspace / "dvc.lock").write_text(json.dumps(lock))
+    weights = workspace / "models/m/weights"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    (workspace / "params.yaml").write_text("a: 2\n")
+    git(workspace, "commit", "-qam", "other params")
+    recorded["code"]["revision"] = git(workspace, "rev-parse", "HEAD")  # which does not have the old ones
+    found = check(recorded, workspace)
+    assert found["models/m"].state == "changed"
+    assert found["models/m"].detail.endswith("dvc checkout --force models/m")
+    assert found["params.yaml"].detail == "changed in the workspace, its values are in the lineage"
+    assert not found["params.yaml"].bad
+
+
 def test_what_is_gone_is_missing(workspace: Path) -> None:
     recorded = facts(workspace)
     for file in (workspace / "models/m").iterdir():
