@@ -48,6 +48,8 @@ def hash_outs(stage: str, pipeline: Path = Path("dvc.yaml")) -> dict[str, str]:
 def measure_cost(metrics: dict[str, float]) -> dict[str, float]:
     """What this process took until now, as metrics: wall time, processor and accelerator hours, peak memory, tokens.
 
+    Of several processes that share a stage it is the first one's, but for the tokens.
+
     Args:
         metrics: of the stage; it knows its tokens.
     """

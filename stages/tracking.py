@@ -140,6 +140,9 @@ class Untracked:
     def artifact(self, path: Path, folder: str) -> None:
         pass
 
+    def outs(self, hashes: Mapping[str, str]) -> None:
+        pass
+
     def dataset(self, path: Path, name: str) -> None:
         pass
 
