@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -103,7 +104,7 @@ def run(strategy: Strategy, folder: Path, checkpoint: Path, steps: int) -> dict[
             out=out,
         )
         threads = len(os.sched_getaffinity(0))
-        run_process(sys.executable, "bench.ours.parallel", job.__dict__, folder / f"{strategy}.log", threads)
+        run_process(sys.executable, "bench.ours.parallel", asdict(job), folder / f"{strategy}.log", threads)
         seen = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(Path(out).glob("*.json"))]
     assert len(seen) == job.processes, "each process leaves a file"
     return {"load_before": load, "processes": seen}
@@ -111,7 +112,7 @@ def run(strategy: Strategy, folder: Path, checkpoint: Path, steps: int) -> dict[
 
 def slowest(found: dict[str, Any]) -> float:
     """Seconds of the timed steps."""
-    return max(seen["seconds"] for seen in found["processes"])
+    return max(float(seen["seconds"]) for seen in found["processes"])
 
 
 def table(rounds: Sequence[dict[str, Any]], steps: int) -> list[str]:
@@ -127,7 +128,7 @@ def table(rounds: Sequence[dict[str, Any]], steps: int) -> list[str]:
         step = median(map(slowest, runs)) / (steps - 1)
 
         def largest(name: str, runs: Sequence[dict[str, Any]] = runs) -> float:
-            return median(max(seen[name] for seen in found["processes"]) for found in runs)
+            return median(max(float(seen[name]) for seen in found["processes"]) for found in runs)
 
         idle = median(max(seen["waited"] / seen["seconds"] for seen in found["processes"]) for found in runs)
         met = "yes" if median(ratios) <= OVERHEAD and idle < IDLE else "no"

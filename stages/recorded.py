@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import resource
 import sys
 import time
@@ -46,7 +47,9 @@ def hash_outs(stage: str, pipeline: Path = Path("dvc.yaml")) -> dict[str, str]:
 
 
 def measure_cost(metrics: dict[str, float]) -> dict[str, float]:
-    """What this process took until now, as metrics: wall time, processor and accelerator hours, peak memory, tokens.
+    """What the stage took until now, as metrics: wall time, processor and accelerator hours, peak memory, tokens.
+
+    Where several processes train, each is taken to cost what this one does; peaks are of one process.
 
     Of several processes that share a stage it is the first one's, but for the tokens.
 
@@ -54,15 +57,19 @@ def measure_cost(metrics: dict[str, float]) -> dict[str, float]:
         metrics: of the stage; it knows its tokens.
     """
     wall = time.time() - psutil.Process().create_time()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     cost = {
         "cost/wall_s": wall,
-        "cost/cpu_hours": sum(usage.ru_utime + usage.ru_stime for usage in usages) / 3600,
+        "cost/cpu_hours": processes * sum(usage.ru_utime + usage.ru_stime for usage in usages) / 3600,
         "cost/peak_gib": max(usage.ru_maxrss for usage in usages) / 2**20,  # Linux counts KiB
     }
     torch = sys.modules.get("torch")  # a stage that did not load it used no accelerator
     if torch is not None and torch.cuda.is_initialized():
-        cost |= {"cost/gpu_hours": wall / 3600, "cost/gpu_peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+        cost |= {
+            "cost/gpu_hours": processes * wall / 3600,
+            "cost/gpu_peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        }
     tokens = sum(metrics.get(name, 0.0) for name in TOKENS)
     return cost | ({"cost/tokens": tokens} if tokens else {})
 

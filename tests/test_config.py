@@ -176,6 +176,8 @@ def _strings(value: Any) -> list[str]:
 
 def test_vllm_samples_in_one_process() -> None:
     values = set_in(read_yaml(DEFAULT), "train_ppo.generation", {"kind": "vllm", "gpu_memory_utilization": 0.4})
-    values = set_in(values, "train_ppo.parallel", {"strategy": "ddp", "num_processes": 2, "hostfile": None})
+    values = set_in(
+        values, "train_ppo.parallel", {"strategy": "ddp", "num_processes": 2, "tensor_size": 1, "hostfile": None}
+    )
     with pytest.raises(InputError, match=r"num_processes = 2 and generation\.kind = 'vllm'.*\{kind: native\}"):
         validate_params(values, "p.yaml")
