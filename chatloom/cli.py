@@ -1,4 +1,4 @@
-"""The `chatloom` command: serve a registered model, talk to it, trace and move versions, bring in other files."""
+"""The `chatloom` command: serve and talk to a model, trace and move versions, plan a training, bring in files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from chatloom.config import Strategy
 from chatloom.data.commands import app as data_app
 from chatloom.errors import InputError
 from chatloom.registry.commands import app as registry_app
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from chatloom.serving.engine import Engine, Message
 
 app = typer.Typer(
-    help="Serve the chat model that the pipeline registered, talk to it, see what it was made from; look at data.",
+    help="Serve the chat model that the pipeline registered, talk to it, see what it was made from; plan a training "
+    "before it is paid for; look at data.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -145,6 +147,57 @@ def import_colossalchat(
     for note in report.notes:
         typer.echo(f"note: {note}", err=True)
     typer.echo(f"{report.preset}: copy it to params/colossalchat.yaml, then: make repro PRESET=colossalchat")
+
+
+@app.command("plan")
+def plan_training(
+    model: Annotated[str, typer.Option(help="A known name (llama-7b), a config.json, or a folder with one.")],
+    stage: Annotated[Literal["sft", "reward", "ppo"], typer.Option(help="Which training.")],
+    gpus: Annotated[str, typer.Option(help="How many of which: 4x80GB, 8xh100-80gb.")],
+    params: Annotated[
+        Path | None,
+        typer.Option(help="Preset whose values hold where no option is given; params/MODEL.yaml where there is one."),
+    ] = None,
+    strategy: Annotated[Strategy | None, typer.Option(help="parallel.strategy.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Rows of a microbatch on one GPU.")] = None,
+    accumulation: Annotated[int | None, typer.Option(min=1, help="Microbatches of a step.")] = None,
+    seq: Annotated[int | None, typer.Option(min=1, help="Tokens of a row.")] = None,
+    checkpointing: Annotated[bool | None, typer.Option(help="Compute activations again in the backward pass.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(min=0, help="Rank of adapters; 0 trains every weight.")] = None,
+    placement: Annotated[
+        Literal["resident", "offload"] | None, typer.Option(help="PPO's scoring models while the others learn.")
+    ] = None,
+    tensor: Annotated[int | None, typer.Option(min=1, help="Parts of each layer (colossalai_hybrid).")] = None,
+    pipeline: Annotated[int | None, typer.Option(min=1, help="Parts of the stack (colossalai_hybrid).")] = None,
+) -> None:
+    """Say what a training will need: memory by kind, time and cost; and what to change where it does not fit."""
+    options = {
+        "strategy": strategy,
+        "batch": batch,
+        "accumulation": accumulation,
+        "seq": seq,
+        "checkpointing": checkpointing,
+        "lora_rank": lora_rank,
+        "placement": placement,
+        "tensor": tensor,
+        "pipeline": pipeline,
+    }
+    with _input_errors():
+        from chatloom.config import load_params, load_preset, validate_params
+        from chatloom.parallel.hardware import load_hardware
+        from chatloom.parallel.plan import describe, job_of, largest_batch, plan, ways_to_fit
+        from chatloom.parallel.shapes import Shape
+
+        own = Path("params", f"{model}.yaml")
+        preset = params or (own if own.is_file() else None)
+        values = validate_params(load_preset(preset), str(preset)) if preset else load_params()
+        shape, hardware = Shape.named(model), load_hardware()
+        count, gpu = hardware.parse_gpus(gpus)
+        given = {name: value for name, value in options.items() if value is not None}
+        job = job_of(values, stage, count, given)
+        made = plan(shape, job, gpu, hardware)
+        ways = [] if made.fits else ways_to_fit(shape, job, gpu, hardware, values.train_sft.lora)
+        typer.echo(describe(made, model, largest_batch(shape, job, gpu, hardware), ways))
 
 
 def _load(path: Path, device: str) -> Engine:
