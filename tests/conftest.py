@@ -49,12 +49,21 @@ def chat() -> ChatModel:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model as a checkpoint folder; do not change it."""
+    return make_checkpoint(tmp_path_factory.mktemp("models") / "base", SOURCE)
+
+
+@pytest.fixture(scope="session")
+def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One with 64 hidden units: layers of 32 and more outputs, as quantized ones of any bits have them."""
+    return make_checkpoint(tmp_path_factory.mktemp("wide") / "base", SOURCE.model_copy(update={"hidden_size": 64}))
+
+
+def make_checkpoint(folder: Path, source: RandomSource) -> Path:
     from chatloom.config import BaseModelParams
     from chatloom.models.base import make_base_model
 
-    folder = tmp_path_factory.mktemp("models") / "base"
     template = str(ROOT / "data/templates/chatml.jinja")
-    params = BaseModelParams(source=SOURCE, pad_token=None, stop_tokens=None, chat_template=template)
+    params = BaseModelParams(source=source, pad_token=None, stop_tokens=None, chat_template=template)
     make_base_model(params, torch.float32, folder)
     return folder
 

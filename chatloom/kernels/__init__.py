@@ -241,6 +241,47 @@ def linear(
     return y
 
 
+def quantized_library(x: Tensor, bits: int) -> ctypes.CDLL | None:
+    """For `multiply_quantized` and `dequantize` with activations like `x`, bfloat16 or float32, and 4 or 8 bits."""
+    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float32):
+        return None
+    return compiled("quantized", BITS=bits, BFLOAT16=int(x.dtype == torch.bfloat16))
+
+
+def multiply_quantized(
+    library: ctypes.CDLL, x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int
+) -> Tensor:
+    """x W^T of a few rows, with weights widened on their way from memory.
+
+    Args:
+        x: (rows, in).
+        codes, scales, zeros: tiles of `chatloom.models.quantized_linear`.
+
+    Returns:
+        (rows, out)
+
+    Raises:
+        MemoryError: where the rows do not fit a second time.
+    """
+    x = x.contiguous()
+    y = x.new_empty(len(x), len(codes) * LANES)
+    counts = (ctypes.c_int64(value) for value in (*x.shape, len(codes), group_size))
+    if library.multiply(*_pointers(x, codes, scales, zeros, y), *counts):
+        raise MemoryError(f"no memory for {len(x)} rows of {x.shape[1]} activations")
+    return y
+
+
+def dequantize(
+    library: ctypes.CDLL, codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    """The tiles' weights (in, out) in `dtype`, which is the one that the library is for."""
+    num_inputs = scales.shape[1] * group_size
+    weights = torch.empty(num_inputs, len(codes) * LANES, dtype=dtype)
+    counts = (ctypes.c_int64(value) for value in (num_inputs, len(codes), group_size))
+    library.dequantize(*_pointers(codes, scales, zeros, weights), *counts)
+    return weights
+
+
 def _fits(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.bfloat16
 

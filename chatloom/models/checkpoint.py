@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from chatloom.device import Device, resolve_device
 from chatloom.errors import InputError
 from chatloom.models import attention, norm
+from chatloom.models.gptq_checkpoint import load_gptq, open_gptq
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,10 @@ def load_on(path: Path, device: Device) -> ChatModel:
         )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
-        if "quantization_config" in config:
-            model = _load_quantized(path, device)
+        if "quantization_config" in config or (path / "quantize_config.json").is_file():
+            native = device.device.type == "cpu" and config.get("model_type") == "llama"
+            model = load_gptq(open_gptq(path), device.dtype) if native else _load_by_gptqmodel(path, device)
+            model.set_attn_implementation(attention.NAME)
         else:
             model = AutoModelForCausalLM.from_pretrained(
                 path,
@@ -98,13 +101,11 @@ def save_tokenizer_files(folder: Path, source: Path) -> None:
     GenerationConfig.from_pretrained(source).save_pretrained(folder)
 
 
-def _load_quantized(path: Path, device: Device) -> Any:
+def _load_by_gptqmodel(path: Path, device: Device) -> Any:
     gptq = import_gptqmodel()
     with quiet():
         loaded = gptq.GPTQModel.load(str(path), device=str(device.device), trust_remote_code=False)
-    model = loaded.model
-    model.set_attn_implementation(attention.NAME)
-    return model
+    return loaded.model
 
 
 def import_gptqmodel() -> Any:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from chatloom import kernels
 from chatloom.models.decoder import KeyValueCache, Pass
 from chatloom.models.norm import scale_to_unit
+from chatloom.models.quantized_linear import QuantizedLinear
 
 Linear = Callable[[Tensor], Tensor]
 """(T, in) to (T, out)"""
@@ -54,6 +55,7 @@ class LlamaDecoder:
                 own layers are called.
         """
         trunk, config = model.model, model.config
+        quantized = any(isinstance(module, QuantizedLinear) for module in model.modules())
         linear = _copied if snapshot else _own
         with torch.no_grad():
             self._layers = [
@@ -67,11 +69,11 @@ class LlamaDecoder:
                 )
                 for layer in trunk.layers
             ]
-            self._head = linear([model.lm_head])
+            self._head = _in_place(model.lm_head) if quantized else linear([model.lm_head])
         self._embed, self._rotary, self._norm = trunk.embed_tokens, trunk.rotary_emb, trunk.norm.weight
         self._epsilon: float = config.rms_norm_eps
         self._heads: tuple[int, int] = (config.num_attention_heads, config.num_key_value_heads)
-        self._tile = TILE if snapshot else 1
+        self._tile = TILE if snapshot and not quantized else 1
         self._kernels = kernels.attention_library(
             model.lm_head.weight, config.head_dim, config.num_attention_heads // config.num_key_value_heads
         )
@@ -153,6 +155,11 @@ def _own(layers: Sequence[nn.Module]) -> Linear:
     if len(layers) == 1:
         return layers[0]
     return lambda states: torch.cat([layer(states) for layer in layers], dim=-1)
+
+
+def _in_place(layer: nn.Linear) -> Linear:
+    """The layer on its own weights: beside layers of few bits a copy of the head would be the largest part."""
+    return layer if kernels.linear_library(layer.weight) is None else _product(layer.weight, layer.bias)
 
 
 def _copied(layers: Sequence[nn.Module]) -> Linear:
