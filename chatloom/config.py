@@ -488,6 +488,12 @@ class QuantizeParams(Section):
     damp_percent: Fraction
     calibration_rows: Positive
     max_calibration_tokens: Positive
+    languages: Annotated[list[str], Field(min_length=1)]
+    """Of the calibration rows, in turn, and of the held-out rows: a model forgets the one it is not calibrated on."""
+    held_out_rows: Positive
+    """Eval rows a language on which the result is compared with the unquantized model and with rounding to nearest."""
+    worse_than_rounding: Literal["stop", "warn"]
+    """What to do where the layers' errors are, on average, not below those of rounding to nearest."""
     seed: int
 
 

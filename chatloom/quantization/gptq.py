@@ -12,6 +12,7 @@ import torch
 from chatloom.config import QuantizeParams
 from chatloom.data.prepared import PreparedRow
 from chatloom.errors import InputError
+from chatloom.files import write_json
 from chatloom.models.checkpoint import import_gptqmodel, quiet, save_tokenizer_files
 from chatloom.progress import progress
 
@@ -20,31 +21,32 @@ MIN_TOKENS = 10
 
 
 def calibration_rows(rows: Sequence[PreparedRow], params: QuantizeParams) -> list[list[int]]:
-    """Templated conversations of every language in turn, drawn with the seed, cut to `max_calibration_tokens`.
+    """Templated conversations of `languages` in turn, drawn with the seed, cut to `max_calibration_tokens`.
 
     Never raw or random text: a model calibrated on it forgets the behaviour it was tuned for.
 
     Raises:
-        InputError: where no row is long enough.
+        InputError: where a language has no row that is long enough.
     """
     generator = random.Random(params.seed)
-    by_lang: dict[str, list[list[int]]] = {}
+    by_lang: dict[str, list[list[int]]] = {lang: [] for lang in params.languages}
     for row in rows:
         ids = [*row.prompt_ids, *row.response_ids[0]][: params.max_calibration_tokens]
-        if len(ids) >= MIN_TOKENS:
-            by_lang.setdefault(row.lang, []).append(ids)
-    if not by_lang:
-        raise InputError(
-            f"quantize: none of the {len(rows)} rows in data/prepared/ptx has {MIN_TOKENS} tokens; "
-            "give prepare_data.split_weights.ptx a larger share"
-        )
-    for lang in sorted(by_lang):
-        generator.shuffle(by_lang[lang])
+        if len(ids) >= MIN_TOKENS and row.lang in by_lang:
+            by_lang[row.lang].append(ids)
+    for lang, own in by_lang.items():
+        if not own:
+            raise InputError(
+                f"quantize.languages names {lang!r}, and of the {len(rows)} rows in data/prepared/ptx none is in it "
+                f"and has {MIN_TOKENS} tokens: give prepare_data.split_weights.ptx a larger share, add rows, or take "
+                "the language out"
+            )
+        generator.shuffle(own)
     chosen: list[list[int]] = []
     while len(chosen) < params.calibration_rows and any(by_lang.values()):
-        for lang in sorted(by_lang):
-            if by_lang[lang] and len(chosen) < params.calibration_rows:
-                chosen.append(by_lang[lang].pop())
+        for own in by_lang.values():
+            if own and len(chosen) < params.calibration_rows:
+                chosen.append(own.pop())
     return chosen
 
 
@@ -83,6 +85,7 @@ def quantize(model: Path, out: Path, calibration: Sequence[Sequence[int]], param
         loaded.save(str(out))
     save_tokenizer_files(out, model)
     (out / "quant_log.csv").unlink(missing_ok=True)  # it holds times: equal work would not give equal bytes
+    _forget_places(out)
     full, packed = _size(model), _size(out)
     losses = [float(layer["loss"]) for layer in _layer_rows(layers)]
     return {
@@ -94,6 +97,14 @@ def quantize(model: Path, out: Path, calibration: Sequence[Sequence[int]], param
         "bytes_full": full,
         "size_ratio": packed / full,
     }
+
+
+def _forget_places(out: Path) -> None:
+    """Take the name of GPTQModel's temporary folder out of the settings: equal work would not give equal bytes."""
+    for name in ("config.json", "quantize_config.json"):
+        settings = json.loads((out / name).read_text(encoding="utf-8"))
+        settings.get("quantization_config", settings).get("meta", {}).pop("offload_to_disk_path", None)
+        write_json(out / name, settings)
 
 
 def _layer_rows(report: object) -> list[dict[str, str]]:
