@@ -200,6 +200,42 @@ def plan_training(
         typer.echo(describe(made, model, largest_batch(shape, job, gpu, hardware), ways))
 
 
+@app.command("import-gptq")
+def import_gptq(
+    source: Annotated[Path, typer.Argument(help="Its folder, or one .safetensors file of GPTQ or AutoGPTQ.")],
+    out: Annotated[Path, typer.Argument(help="New folder, for `chatloom serve --model`.")],
+    base: Annotated[
+        Path | None, typer.Option(help="Folder of the model that was quantized: config.json and tokenizer.")
+    ] = None,
+    chat_template: Annotated[Path | None, typer.Option(help="A Jinja file; the tokenizer's own without it.")] = None,
+    stop_token: Annotated[
+        list[str] | None, typer.Option(help="Ends an answer; repeatable. The tokenizer's EOS without it.")
+    ] = None,
+    pad_token: Annotated[
+        str | None, typer.Option(help="The tokenizer's own, or its unknown token, without it.")
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="Where the checkpoint does not say.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Where the checkpoint does not say; -1: all inputs.")] = None,
+    format: Annotated[
+        Literal["gptq", "gptq_v2"] | None, typer.Option(help="gptq (AutoGPTQ) stores zeros less one, gptq_v2 does not.")
+    ] = None,
+) -> None:
+    """Check a GPTQ checkpoint of another project and make it ready to be served."""
+    from chatloom.models.gptq_import import Chat
+    from chatloom.models.gptq_import import import_gptq as run
+
+    given = {"bits": bits, "group_size": group_size, "checkpoint_format": format}
+    settings = {key: value for key, value in given.items() if value is not None}
+    with _input_errors():
+        chat = Chat(chat_template, stop_token or (), pad_token)
+        imported = run(source, out, chat, base=base, settings=settings)
+    checkpoint = imported.checkpoint
+    typer.echo(
+        f"{out}: {imported.num_layers} layers of {checkpoint.bits} bits, group size {checkpoint.group_size or 'all'}, "
+        f"format {checkpoint.format}; chatloom serve --model {out}"
+    )
+
+
 def _load(path: Path, device: str) -> Engine:
     # GPTQModel writes its banner to stdout, where the answers belong.
     with redirect_stdout(sys.stderr):

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from bench import seven_b
 from bench.machine import cpu_fields
 from bench.measure import Setup, make_job, parse_result
 from bench.ours.arithmetic import training_flops
@@ -278,3 +280,17 @@ def test_processes_are_compared_within_a_round_and_the_slowest_counts() -> None:
     assert ddp[1:4] == ["2.4", "1.20x (1.10 to 1.50)", "1 %"]
     assert ddp[-1] == "yes |"
     assert none[-1] == " |"
+
+
+def test_the_7b_run_on_a_tiny_model(tmp_path: Path) -> None:
+    """Builds, loads in a process of its own, answers, removes what it made; the figures are those of a tiny model."""
+    out, folder = tmp_path / "found.json", tmp_path / "checkpoint"
+    command = ["--smoke", "--folder", str(folder), "--tokens", "80", "--out", str(out)]
+    done = CliRunner().invoke(seven_b.app, command)
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text())
+    assert (found["prompt_tokens"], found["new_tokens"]) == (16, 64)
+    # 2 layers of 655,360 weights at half a byte, and 2 x 32,000 x 256 numbers of 2 bytes, at least.
+    assert found["checkpoint_bytes"] > 33_423_360
+    assert found["over_imports_bytes"] == found["peak_bytes"] - found["after_imports_bytes"] > 33_423_360 / 2
+    assert not folder.exists()
