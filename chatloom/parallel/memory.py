@@ -145,7 +145,7 @@ class Share:
     """As a backward pass leaves them."""
     optimizer: float
     step: float = 0
-    """float32 gradients that exist during the step only."""
+    """What float32 gradients that exist during the step only take more."""
     offloaded: bool = False
     """Whether the last two are in the host's memory."""
 
@@ -154,8 +154,8 @@ def share(job: Job) -> Share:
     """Who keeps what, per strategy; n ranks see other rows."""
     n = job.replicas
     state = (FULL + 2 * FULL) / n
-    if job.strategy in MASTERS:  # its float32 gradients always exist
-        return Share(HALF, FULL, 3 * FULL)
+    if job.strategy in MASTERS:  # gradients are added up in float32; one alone becomes that in the step
+        return Share(HALF, FULL, 3 * FULL) if job.accumulates else Share(HALF, HALF, 3 * FULL, FULL - HALF)
     if job.strategy == "colossalai_gemini":  # gradients in chunks of their own, so that they can be accumulated
         return Share(HALF / n, HALF / n, state)
     if job.strategy == "colossalai_gemini_auto":  # weights on the GPU while they are used: the least it can do with
@@ -204,8 +204,8 @@ def moments(shape: Shape, job: Job) -> dict[str, Memory]:
         buffers=_gathered(shape, job),
     )
     stored = own.gradients * number
-    # Gradients that are there before a backward pass: of earlier microbatches, or because they always are.
-    before = stored if job.accumulates or job.strategy in MASTERS else 0
+    # Gradients that are there before a backward pass: of earlier microbatches.
+    before = stored if job.accumulates else 0
     # Of all but the first layer and what lies below it.
     most = max(before, stored - own.gradients * (shape.layer + shape.embedding) / job.tensor if full else stored)
     head = HALF * shape.embedding / job.tensor if full and job.stage != "reward" else 0
@@ -245,7 +245,6 @@ def moments(shape: Shape, job: Job) -> dict[str, Memory]:
         sequences = job.rollout.generation_batch
         found["rollout"] = moment(
             weights=resident.weights + away,
-            gradients=before if job.strategy in MASTERS else 0,
             logits=(FULL + HALF) * sequences * shape.vocabulary,
             cache=CACHE_ROOM * cache_bytes(shape, sequences * job.seq) * mine,
         )
@@ -358,7 +357,7 @@ def _in_transit(shape: Shape, job: Job) -> float:
     """Gradients between the layer that made them and the place where they are kept."""
     in_layer, _ = _largest(shape, job)
     if job.strategy in MASTERS:  # one in the model's precision, before it is added to the float32 one
-        return HALF * in_layer
+        return HALF * in_layer if job.accumulates else 0
     if job.strategy in ("colossalai_zero2", "colossalai_zero2_cpu"):  # as made, laid flat to be sent, and received
         bucket = max(in_layer, min(BUCKET, trained(shape, job)))
         return HALF * bucket * (2 + 1 / job.replicas)

@@ -240,6 +240,7 @@ def test_a_preset_becomes_a_job() -> None:
         epochs=ppo.ppo_epochs,
         minibatches=ppo.num_minibatches,
         ptx_rows=ppo.ptx_batch // 8,
+        placement="offload",
     )
 
 
