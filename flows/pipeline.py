@@ -50,7 +50,8 @@ class _Walk:
         """The stage's last state; raises where the stage fails, so that nothing runs on stale inputs."""
         task = run_stage.with_options(name=name)
         state: State[Any] = task(name, self.reproduction, self.changed, wait_for=after, return_state=True)
-        self.outcomes[name] = state.result()
+        state.result()  # raises
+        self.outcomes[name] = (state.name or "").lower()
         return state
 
 

@@ -167,7 +167,11 @@ def find_changed(reproduction: Reproduction) -> frozenset[str]:
 
 
 @task(task_run_name="{name}", cache_policy=NO_CACHE)
-def run_stage(name: str, reproduction: Reproduction, changed: frozenset[str]) -> State[Outcome]:
-    """Ends in a state named Unchanged, Cached or Ran."""
+def run_stage(name: str, reproduction: Reproduction, changed: frozenset[str]) -> State[None]:
+    """Ends in a state named Unchanged, Cached or Ran.
+
+    Without a result: Prefect takes for an input of a task whatever task made an object that is among its arguments,
+    and "ran" is one object for all stages.
+    """
     outcome = reproduce_stage(name, reproduction, get_run_logger()) if name in changed else "unchanged"
-    return Completed(name=outcome.capitalize(), data=outcome)
+    return Completed(name=outcome.capitalize())
