@@ -15,6 +15,8 @@ from torch import Tensor
 
 BLOCK = 64
 """The cache grows, and attention reads it, in whole blocks of positions: shapes change once in so many steps."""
+GROWTH = 128
+"""Positions by which it grows at the most, unless more are needed: one of a 7B model takes half a megabyte."""
 
 
 class Decoder(Protocol):
@@ -122,7 +124,8 @@ class KeyValueCache:
     def _grow(self, needed: int) -> None:
         if needed <= self._room:
             return
-        old, self._room = self._room, _blocks(max(needed, self._room * 3 // 2))
+        more = min(self._room // 2, GROWTH)
+        old, self._room = self._room, _blocks(max(needed, self._room + more))
         for index, layer in enumerate(self._layers):
             self._layers[index] = layer.new_zeros(layer.shape[0], self._room, *layer.shape[2:])
             self._layers[index][:, :old] = layer

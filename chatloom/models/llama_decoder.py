@@ -205,6 +205,8 @@ def _gated(gate: Any, up: Any, linear: Callable[[Sequence[nn.Module]], Linear]) 
         silu, times = torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._linear_pointwise.binary
         first, second = _blocked(gate.weight), _blocked(up.weight)
         return lambda states: times(states, silu(states, first, gate.bias, "swish", [], ""), second, up.bias, "mul")
+    if isinstance(gate, QuantizedLinear):  # nothing is gained by laying the two side by side
+        return lambda states: F.silu(gate(states)) * up(states)
     both = linear([gate, up])
 
     def gated(states: Tensor) -> Tensor:

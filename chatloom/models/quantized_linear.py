@@ -81,7 +81,7 @@ class QuantizedLinear(nn.Module):
         if library is not None and len(rows) <= FEW_ROWS:
             y = kernels.multiply_quantized(library, rows, self.codes, self.scales, self.zeros, self.group_size)
         else:
-            y = torch.cat([rows @ block for block in self._blocks(rows.dtype)], dim=-1)
+            y = self._multiply_blocks(rows)
         if self.bias is not None:
             y += self.bias
         return y.view(*x.shape[:-1], self.out_features)
@@ -93,6 +93,13 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.stored_bits}, group_size={self.group_size}"
+
+    def _multiply_blocks(self, rows: Tensor) -> Tensor:
+        y, start = rows.new_empty(len(rows), self.out_features), 0
+        for block in self._blocks(rows.dtype):
+            y[:, start : start + block.shape[1]] = rows @ block
+            start += block.shape[1]
+        return y
 
     def _blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """(in, some of out) weights, one after another; groups of inputs lie together."""
