@@ -55,6 +55,10 @@ class Answered:
     """What the process that answers found; bytes are resident ones."""
 
     after_imports_bytes: int
+    loaded_bytes: int
+    """Once the model is there."""
+    load_peak_bytes: int
+    """Until then."""
     peak_bytes: int
     """Of the whole process, from its start to its end."""
     load_seconds: float
@@ -109,6 +113,7 @@ def answer(folder: Path, tokens: int) -> None:
     started = time.perf_counter()
     chat = load_causal_lm(folder, "cpu", "auto")
     loaded = time.perf_counter()
+    loaded_bytes, load_peak = _resident("VmRSS"), _resident("VmHWM")
     sampling = Sampling(64, temperature=0.0)
     generator = torch.Generator().manual_seed(SEED)
     prompt = torch.randint(chat.model.config.vocab_size, (tokens - 64,), generator=generator).tolist()
@@ -116,6 +121,8 @@ def answer(folder: Path, tokens: int) -> None:
     ends = [time.perf_counter() for _ in stream_tokens(chat.model, prompt, sampling, stop_ids=())]
     found = Answered(
         after_imports_bytes=after_imports,
+        loaded_bytes=loaded_bytes,
+        load_peak_bytes=load_peak,
         peak_bytes=_resident("VmHWM"),
         load_seconds=loaded - started,
         prompt_seconds=ends[0] - answering,
@@ -206,6 +213,8 @@ def show(found: Answered, size: int) -> None:
     table.add_column("", justify="right")
     rows = {
         "resident after imports": f"{found.after_imports_bytes / 1e9:.2f} GB",
+        "resident with the model": f"{found.loaded_bytes / 1e9:.2f} GB",
+        "peak while it was loaded": f"{found.load_peak_bytes / 1e9:.2f} GB",
         "peak, loading and answering": f"{found.peak_bytes / 1e9:.2f} GB",
         f"over imports (at most {LIMIT_BYTES / 1e9} GB)": f"{found.over_imports / 1e9:.2f} GB",
         "loaded in": f"{found.load_seconds:.1f} s",

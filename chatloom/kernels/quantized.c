@@ -12,6 +12,7 @@
 
 #define PER (32 / BITS)
 #define ROWS 8  // that share what is widened of a tile; their sums stay in registers
+#define AHEAD 32  // vectors of words that are on their way from memory
 
 #if BFLOAT16
 typedef bf16 Element;
@@ -61,6 +62,7 @@ static inline Vector read_zeros(const uint8_t *from) {
             Vector parts[N][CHAINS] = {}; \
             for (int64_t i = g * group; i < (g + 1) * group; i += PER) { \
                 Integers words = *(const Integers *)(codes + i / PER * LANES); \
+                __builtin_prefetch(codes + (i / PER + AHEAD) * LANES); \
                 _Pragma("GCC unroll 8") for (int k = 0; k < PER; k++) { \
                     Vector weight = code(words, k * BITS); \
                     _Pragma("GCC unroll 8") for (int row = 0; row < N; row++) \

@@ -17,10 +17,10 @@ from chatloom import kernels
 from chatloom.kernels import LANES
 
 BITS = (2, 3, 4, 8)
-FEW_ROWS = 16
+FEW_ROWS = 64
 """Rows up to which the kernel multiplies with weights as they come from memory. More are worth a widened copy, block by
 block, and a matrix product of PyTorch's (measured with AVX512)."""
-BLOCK_BYTES = 1 << 23
+BLOCK_BYTES = 1 << 22
 """Size of such a copy: it stays in the cache."""
 
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
