@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,6 +14,7 @@ from chatloom.config import Strategy
 from chatloom.data.commands import app as data_app
 from chatloom.errors import InputError
 from chatloom.registry.commands import app as registry_app
+from chatloom.terminal import input_errors
 
 # torch, MLflow and FastAPI take seconds to import: commands import them when they run, so that --help is quick.
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def serve(
     device: DeviceOption = "auto",
 ) -> None:
     """Serve a model over OpenAI's API: POST /v1/chat/completions, GET /v1/models."""
-    with _input_errors():
+    with input_errors():
         from chatloom.registry.resolve import resolve
 
         resolved = resolve(model)
@@ -73,7 +74,7 @@ def rank(
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8010,
 ) -> None:
     """Open the page on which people rank answers."""
-    with _input_errors():
+    with input_errors():
         from chatloom.data.rankings import read_candidates
         from chatloom.ranking.app import create_app
 
@@ -94,7 +95,7 @@ def chat(
     device: DeviceOption = "auto",
 ) -> None:
     """Talk to a model; every line is a message, /reset forgets the conversation, /exit ends it."""
-    with _input_errors():
+    with input_errors():
         if top_p == 0:
             raise InputError("--top-p 0 leaves no token to choose: use --temperature 0 for the likeliest one")
         from chatloom.registry.resolve import resolve
@@ -138,7 +139,7 @@ def import_colossalchat(
     """Turn ColossalChat's data, conversation template and LoRA config into rows, a chat template and a preset."""
     from chatloom.colossalchat.importer import import_colossalchat as run
 
-    with _input_errors():
+    with input_errors():
         report = run(data or [], out, template=template, base_model=base_model, lora=lora, license=license)
     for kind, rows in report.rows.items():
         typer.echo(f"{out / kind}.jsonl: {rows} rows")
@@ -182,7 +183,7 @@ def plan_training(
         "tensor": tensor,
         "pipeline": pipeline,
     }
-    with _input_errors():
+    with input_errors():
         from chatloom.config import load_params, load_preset, validate_params
         from chatloom.parallel.hardware import load_hardware
         from chatloom.parallel.plan import describe, job_of, largest_batch, plan, ways_to_fit
@@ -226,7 +227,7 @@ def import_gptq(
 
     given = {"bits": bits, "group_size": group_size, "checkpoint_format": format}
     settings = {key: value for key, value in given.items() if value is not None}
-    with _input_errors():
+    with input_errors():
         chat = Chat(chat_template, stop_token or (), pad_token)
         imported = run(source, out, chat, base=base, settings=settings)
     checkpoint = imported.checkpoint
@@ -287,16 +288,6 @@ def _answer(
         generation.close()
     typer.echo()
     return "".join(parts)
-
-
-@contextmanager
-def _input_errors() -> Iterator[None]:
-    """An input error is a line for the user; any other error is a bug and keeps its traceback."""
-    try:
-        yield
-    except InputError as error:
-        typer.echo(f"chatloom: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":

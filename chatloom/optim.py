@@ -214,6 +214,13 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> float:
     return float(torch.stack(norms).square().sum()) if norms else 0.0
 
 
+def clip(gradients: Iterable[Tensor], norm: float, most: float) -> None:
+    """Scale gradients, in place, that have `norm` together and with those of other ranks, to a norm of `most`."""
+    if (scale := most / (norm + 1e-6)) < 1:
+        for gradient in gradients:
+            gradient *= scale
+
+
 def lr_factor(step: int, num_steps: int, params: Optimizer) -> float:
     """Share of the base learning rate at `step` (from 0): linear warm-up, then constant, linear to 0 or cosine to 0."""
     if step < params.warmup_steps:

@@ -15,6 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from chatloom.data.examples import Example
 
+ROWS_AT_ONCE = 4
+"""Sequences in one pass of what only looks at a model."""
+
 
 @dataclass(frozen=True)
 class Packed:

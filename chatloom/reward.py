@@ -151,9 +151,9 @@ def train_reward(
     if saved is not None:
         done, state = saved
         optimizer.load_state_dict(*state["optimizer"])
-        last = state["last"]
+        last, trained_tokens = state["last"], state["tokens"]
     else:
-        done = 0
+        done, trained_tokens = 0, 0
         last = accuracy(pair_margins(reward_model, held_out, device, looking)) if held_out else float("nan")
         if held_out:
             log(0, {"eval/accuracy": last})
@@ -174,24 +174,24 @@ def train_reward(
             norm = optimizer.step(factor, "train_reward", step)
 
             took = time.monotonic() - started
-            speed = ranks.sum(sum(comparison.num_tokens for rows in microbatches for comparison in rows)) / took
+            tokens = int(ranks.sum(sum(comparison.num_tokens for comparison in chain(*microbatches))))
+            trained_tokens += tokens
             lr = params.optimizer.lr * factor
-            log(step, {"train/loss": loss, "train/grad_norm": norm, "train/lr": lr, "time/tokens_per_s": speed})
+            log(step, {"train/loss": loss, "train/grad_norm": norm, "train/lr": lr, "time/tokens_per_s": tokens / took})
             if held_out and (step % params.eval_every == 0 or step == total):
                 last = accuracy(pair_margins(reward_model, held_out, device, looking))
                 log(step, {"eval/accuracy": last})
-            advance(loss=loss, tokens_per_s=speed, accuracy=last)
+            advance(loss=loss, tokens_per_s=tokens / took, accuracy=last)
             if checkpoints is not None and checkpoints.due(step):
-                checkpoints.save(step, {"last": last, "optimizer": optimizer.state_dict()})
+                state = {"last": last, "tokens": trained_tokens, "optimizer": optimizer.state_dict()}
+                checkpoints.save(step, state)
     optimizer.finish()
     reference = normalize(reward_model, train, device, ranks)
-    seen = steps(train, params, ranks)  # from the first on, also after a resume
-    trained = round(ranks.sum(sum(c.num_tokens for microbatches in seen for c in chain(*microbatches))))
     return {
         "steps": total,
         "prompts": len(train),
         "pairs": sum(len(c.pairs) for c in train),
-        "tokens": trained,
+        "tokens": trained_tokens,
         "reference_responses": reference,
         **({"eval/accuracy": last, "eval/prompts": len(held_out)} if held_out else {}),
     }

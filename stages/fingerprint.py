@@ -7,10 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from chatloom.config import Params
 from chatloom.resume import file_hash
+from stages.recorded import listed_stage, value_at
 
 
 def fingerprint(stage: str, params: Params, pipeline: Path = Path("dvc.yaml")) -> dict[str, str] | None:
@@ -19,16 +18,16 @@ def fingerprint(stage: str, params: Params, pipeline: Path = Path("dvc.yaml")) -
     Content decides, as with DVC, and not times or names of runs. None where `pipeline` is missing or does not list the
     stage: what the stage depends on is unknown then.
     """
-    if not pipeline.is_file():
-        return None
-    listed = yaml.safe_load(pipeline.read_text(encoding="utf-8"))["stages"].get(stage)
+    listed = listed_stage(stage, pipeline)
     if listed is None:
         return None
     values = params.model_dump(mode="json", by_alias=True)
     values["train_ppo"].pop("guards")  # they decide when to stop, not what is computed
     for name in ("train_sft", "train_reward", "train_gold", "train_ppo"):
         _drop_layout(values[name])
-    hashes = {f"params {key}": _text_hash(json.dumps(_value(values, key), sort_keys=True)) for key in listed["params"]}
+    hashes = {
+        f"params {key}": _text_hash(json.dumps(value_at(values, key), sort_keys=True)) for key in listed["params"]
+    }
     for dep in listed["deps"]:
         kind = "code" if dep.startswith(("stages/", "chatloom/")) else "data"
         hashes[f"{kind} {dep}"] = tree_hash(Path(dep))
@@ -53,14 +52,6 @@ def tree_hash(path: Path) -> str:
         return file_hash(path)
     files = sorted(file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
     return _text_hash("\n".join(f"{file_hash(file)} {file.relative_to(path).as_posix()}" for file in files))
-
-
-def _value(values: dict[str, Any], key: str) -> Any:
-    """The value of a dotted key."""
-    inside: Any = values
-    for part in key.split("."):
-        inside = inside[part]
-    return inside
 
 
 def _text_hash(text: str) -> str:

@@ -26,22 +26,18 @@ def hash_inputs(stage: str, params: Params, pipeline: Path = Path("dvc.yaml")) -
 
     Runs of equal inputs should make equal bytes: `chatloom verify` names those that did not.
     """
-    listed = _listed(stage, pipeline)
+    listed = listed_stage(stage, pipeline)
     if listed is None:
         return None
     values = params.model_dump(mode="json", by_alias=True)
     found: dict[str, Any] = {dep: dvc_md5(Path(dep)) for dep in listed["deps"]}
-    for key in listed["params"]:
-        inside: Any = values
-        for part in key.split("."):
-            inside = inside[part]
-        found[f"params {key}"] = inside
+    found |= {f"params {key}": value_at(values, key) for key in listed["params"]}
     return hashlib.sha256(json.dumps(found, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def hash_outs(stage: str, pipeline: Path = Path("dvc.yaml")) -> dict[str, str]:
     """The hash of each out and metrics file of `stage` that is there, as DVC will record it."""
-    listed = _listed(stage, pipeline) or {}
+    listed = listed_stage(stage, pipeline) or {}
     hashes = {out: dvc_md5(Path(out)) for kind in ("outs", "metrics") for out in listed.get(kind, [])}
     return {out: md5 for out, md5 in hashes.items() if md5 is not None}
 
@@ -50,8 +46,6 @@ def measure_cost(metrics: dict[str, float]) -> dict[str, float]:
     """What the stage took until now, as metrics: wall time, processor and accelerator hours, peak memory, tokens.
 
     Where several processes train, each is taken to cost what this one does; peaks are of one process.
-
-    Of several processes that share a stage it is the first one's, but for the tokens.
 
     Args:
         metrics: of the stage; it knows its tokens.
@@ -74,8 +68,17 @@ def measure_cost(metrics: dict[str, float]) -> dict[str, float]:
     return cost | ({"cost/tokens": tokens} if tokens else {})
 
 
-def _listed(stage: str, pipeline: Path) -> dict[str, Any] | None:
+def listed_stage(stage: str, pipeline: Path) -> dict[str, Any] | None:
+    """What `dvc.yaml` says of `stage`; None where there is no such file, or no such stage in it."""
     if not pipeline.is_file():
         return None
     found: dict[str, Any] | None = yaml.safe_load(pipeline.read_text(encoding="utf-8"))["stages"].get(stage)
     return found
+
+
+def value_at(values: dict[str, Any], key: str) -> Any:
+    """The value of a dotted key."""
+    inside: Any = values
+    for part in key.split("."):
+        inside = inside[part]
+    return inside

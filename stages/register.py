@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,10 +13,9 @@ from mlflow import MlflowClient
 from chatloom.config import Params
 from chatloom.data.prepared import read_split
 from chatloom.device import resolve_device
-from chatloom.errors import InputError
 from chatloom.evaluation.champion import against_champion
 from chatloom.evaluation.report import render_report
-from chatloom.files import atomic_file
+from chatloom.files import atomic_file, read_json
 from chatloom.models.reward_model import load_reward_model
 from chatloom.registry.aliases import champion_of
 from chatloom.registry.card import render_card
@@ -32,6 +30,7 @@ from stages.run import stage
 MODEL, SFT, GOLD, EVAL = Path("models/chat-4bit"), Path("models/sft"), Path("models/gold"), Path("data/prepared/eval")
 METRICS, EVALUATION, REPORTS = Path("metrics/evaluate.json"), Path("reports/evaluate.json"), Path("reports")
 REPORT, CARD = Path("reports/report.html"), Path("reports/model_card.md")
+EVALUATE = "run the stage evaluate"
 SAMPLE_QUESTION = "What is the capital of France?"
 
 
@@ -40,8 +39,8 @@ def main() -> None:
         params = run.params.register_
         facts = collect_lineage(run.params, str(MODEL), os.environ.get("CHATLOOM_PRESET"))
         facts["runs"] = find_runs(facts)
-        evaluation = read_json(EVALUATION)
-        metrics = flatten(read_json(METRICS))
+        evaluation = read_json(EVALUATION, EVALUATE)
+        metrics = flatten(read_json(METRICS, EVALUATE))
         champion = champion_of(MlflowClient(), params.model_name)
         if champion is not None:
             metrics |= compare(run.params, evaluation["candidate"], champion)
@@ -91,23 +90,6 @@ def compare(params: Params, candidate: Mapping[str, Any], champion: str) -> dict
     gold, _ = load_reward_model(GOLD, device, sft=SFT)
     path = resolve(f"models:/{name}/{champion}").path
     return against_champion(candidate, path, gold, SFT, read_split(EVAL), params.evaluate, device)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What `evaluate` wrote.
-
-    Raises:
-        InputError: where the file is missing or is no JSON object.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; run the stage evaluate first")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not valid JSON: {error}; run the stage evaluate again") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected an object, found {type(found).__name__}; run the stage evaluate again")
-    return found
 
 
 def gate_table(registered: Registered) -> dict[str, list[Any]]:

@@ -113,11 +113,13 @@ class StageRun:
         from chatloom.resume import Checkpoints
         from stages.fingerprint import fingerprint
 
-        depends_on = fingerprint(self.name, self.params)
+        ranks = ranks or ALONE
+        # The first rank's counts: what it hashes are gigabytes, and the loops see to it that all have the same.
+        depends_on = ranks.gather(fingerprint(self.name, self.params) if ranks.rank == 0 else None)[0]
         if depends_on is None:
             log.info("%s: no dvc.yaml here lists it: its state is not saved", self.name)
             return None
-        self._checkpoints = Checkpoints(STATE / self.name, depends_on, every, self, ranks or ALONE)
+        self._checkpoints = Checkpoints(STATE / self.name, depends_on, every, self, ranks)
         return self._checkpoints
 
     def log(self, step: int, values: Numbers) -> None:

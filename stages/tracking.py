@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import socket
-import subprocess
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,9 @@ import yaml
 
 from chatloom.config import Params
 from chatloom.errors import InputError
+from chatloom.git import head
 from chatloom.registry.lineage import INPUTS_TAG, OUT_TAG, describe_machine
+from chatloom.registry.resolve import few_retries
 from stages.recorded import hash_inputs
 
 log = logging.getLogger("stages.run")
@@ -54,7 +55,8 @@ class MlflowRun:
         mlflow, store_errors = _import_mlflow()
         try:
             # Stages started at once race for a fresh store and for the parent run: one at a time.
-            with _store_lock(uri), _few_retries():
+            # In seconds it is known that a server is down; later there is work to lose, and MLflow's patience is right.
+            with _store_lock(uri), few_retries():
                 mlflow.set_tracking_uri(uri)
                 experiment = _experiment(mlflow, uri)
                 tags = _tags(root, preset)
@@ -246,23 +248,13 @@ def _is_running(pid: int, started: float) -> bool:
 
 def _tags(root: Path, preset: str) -> dict[str, str]:
     tags = {PRESET: preset}
-    if (revision := _git(root, "rev-parse", "HEAD")) is not None:
-        # dvc.lock changes while a reproduction runs, and is recorded by its own hash.
-        changed = _git(root, "status", "--porcelain", "--", ":/", ":(exclude,top)dvc.lock")
-        tags |= {"git.revision": revision, "git.dirty": str(bool(changed)).lower()}
+    revision, changed = head(root)
+    if revision is not None:
+        tags |= {"git.revision": revision, "git.dirty": str(changed).lower()}
     lock = root / "dvc.lock"
     if lock.is_file():
         tags["dvc.lock.sha256"] = hashlib.sha256(lock.read_bytes()).hexdigest()
     return tags
-
-
-def _git(root: Path, *command: str) -> str | None:
-    """Output of git, None where there is no repository, no commit or no git."""
-    try:
-        done = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _sample(path: Path) -> Any:
@@ -302,19 +294,6 @@ def _store_lock(uri: str) -> Iterator[None]:
     with store.with_name(f"{store.name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-@contextmanager
-def _few_retries() -> Iterator[None]:
-    """Learn within seconds that a server is down; later a stage has work to lose and MLflow's patience is right."""
-    short = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-    added = {key: value for key, value in short.items() if key not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for key in added:
-            del os.environ[key]
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,6 +12,7 @@ import typer
 from chatloom.config import CleaningParams, DataSource, Format, load_params
 from chatloom.errors import InputError
 from chatloom.files import atomic_file
+from chatloom.terminal import input_errors
 
 # pyarrow and what reads files take a while to import: the functions that read import them.
 app = typer.Typer(help="Look at data files before a run reads them.", no_args_is_help=True)
@@ -32,7 +33,7 @@ def validate(
     params: ParamsOption = Path("params.yaml"),
 ) -> None:
     """Name every row that a run would drop, as file:line: reason: detail; exit with status 1 where there is one."""
-    try:
+    with input_errors():
         source, cleaning = _source(file, format, lang), load_params(params).prepare_data.cleaning
         rows = faulty = 0
         for line in findings(source, cleaning):
@@ -40,9 +41,6 @@ def validate(
             if line is not None:
                 faulty += ": warning: " not in line
                 typer.echo(line)
-    except InputError as error:
-        typer.echo(f"chatloom: {error}", err=True)
-        raise typer.Exit(1) from error
     typer.echo(f"{rows} rows can be used, {faulty} faults", err=True)
     if faulty:
         raise typer.Exit(1)
@@ -58,11 +56,8 @@ def inspect(
     html: Annotated[Path | None, typer.Option(help="Write the page that a run writes, too.")] = None,
 ) -> None:
     """Show what a run would make of the files: rows in and out by step, languages, lengths, near-duplicates, tokens."""
-    try:
+    with input_errors():
         raw, prepared = _reports(_source(file, format, lang), params, model)
-    except InputError as error:
-        typer.echo(f"chatloom: {error}", err=True)
-        raise typer.Exit(1) from error
     from rich.console import Console
 
     console = Console()

@@ -10,9 +10,7 @@ from chatloom.batches import chunks
 from chatloom.data.examples import Example
 from chatloom.data.prepared import PreparedRow
 from chatloom.models.adapters import Role
-from chatloom.packing import pack
-
-ROWS_AT_ONCE = 4
+from chatloom.packing import ROWS_AT_ONCE, pack
 
 
 @torch.no_grad()

@@ -10,10 +10,8 @@ import torch
 from chatloom.batches import chunks
 from chatloom.data.examples import Example
 from chatloom.models.adapters import Role
-from chatloom.packing import pack
+from chatloom.packing import ROWS_AT_ONCE, pack
 from chatloom.parallel.ranks import ALONE, Ranks
-
-ROWS_AT_ONCE = 4
 
 
 @torch.no_grad()

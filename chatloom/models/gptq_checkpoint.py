@@ -6,7 +6,6 @@ ones, `g_idx`. Served here are LLaMA models of 2, 3, 4 or 8 bits.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from chatloom.errors import InputError
+from chatloom.files import read_json
 from chatloom.kernels import LANES
 from chatloom.models.quantized_linear import BITS, Packed, QuantizedLinear
 
@@ -28,6 +28,9 @@ FORMATS = {"gptq": True, "gptq_v2": False}
 KEYS = ("qweight", "qzeros", "scales", "g_idx", "bias")
 NOT_WEIGHTS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 """Buffers that older checkpoints hold and that follow from the config."""
+INDEX = "model.safetensors.index.json"
+"""Beside several shards: which holds each tensor."""
+NO_CHECKPOINT = "give the folder of a checkpoint"
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,11 @@ def open_gptq(folder: Path) -> GptqCheckpoint:
         InputError: naming the file, for a checkpoint that is damaged, incomplete or of a kind that is not served.
     """
     file = folder / "config.json"
-    settings = read_json(file)
+    settings = read_json(file, NO_CHECKPOINT)
     told = settings.pop("quantization_config", None)
     if told is None and (folder / "quantize_config.json").is_file():
         file = folder / "quantize_config.json"
-        told = read_json(file)
+        told = read_json(file, NO_CHECKPOINT)
     if not isinstance(told, dict):
         raise InputError(f"{file}: has no quantization_config, and there is no quantize_config.json beside it")
     if told.get("quant_method", "gptq") != "gptq":
@@ -221,9 +224,9 @@ def _read(
 
 def _files(folder: Path) -> dict[str, Path]:
     """File of each tensor, as their headers say; the index, where there is one, must agree."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
-        expected: dict[str, str] = read_json(index).get("weight_map", {})
+        expected: dict[str, str] = read_json(index, NO_CHECKPOINT).get("weight_map", {})
         shards = sorted(set(expected.values()))
     else:
         expected, shards = {}, sorted(file.name for file in folder.glob("*.safetensors"))
@@ -249,20 +252,3 @@ def _open(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: cannot be read, it is cut off or damaged: {error}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file.
-
-    Raises:
-        InputError: where there is none.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file: this is no checkpoint's folder")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected an object, found {type(values).__name__}")
-    return values

@@ -11,10 +11,8 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig
 
 from chatloom.errors import InputError
-from chatloom.files import atomic_dir, write_json
-from chatloom.models.gptq_checkpoint import GptqCheckpoint, check_gptq, open_gptq, read_json
-
-INDEX = "model.safetensors.index.json"
+from chatloom.files import atomic_dir, read_json, write_json
+from chatloom.models.gptq_checkpoint import INDEX, NO_CHECKPOINT, GptqCheckpoint, check_gptq, open_gptq
 
 
 @dataclass(frozen=True)
@@ -74,11 +72,11 @@ def _copy_weights(source: Path, folder: Path) -> None:
 
 def _config(source: Path, base: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
     place = _place(source, base, ("config.json",))
-    config = read_json(place / "config.json")
+    config = read_json(place / "config.json", NO_CHECKPOINT)
     told = config.get("quantization_config")
     beside = (source if source.is_dir() else source.parent) / "quantize_config.json"
     if told is None and beside.is_file():
-        told = read_json(beside)
+        told = read_json(beside, NO_CHECKPOINT)
     told = {**(told or {}), **settings}
     for key, option in (("bits", "--bits"), ("group_size", "--group-size")):
         if key not in told:

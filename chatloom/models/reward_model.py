@@ -20,11 +20,10 @@ from chatloom.files import write_json
 from chatloom.models.adapters import Role, adapter_parameters, add_adapter, load_adapter_state, trainable
 from chatloom.models.checkpoint import load_on, save_causal_lm
 from chatloom.models.head import ScalarHead
-from chatloom.packing import pack
+from chatloom.packing import ROWS_AT_ONCE, pack
 
 ADAPTER = "reward"
 DESCRIPTION = "reward_model.json"
-ROWS_AT_ONCE = 4
 
 
 def new_reward_model(checkpoint: Path, params: TrainRewardParams, device: Device) -> Role:

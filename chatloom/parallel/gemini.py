@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from chatloom.config import Optimizer
 from chatloom.errors import InputError
-from chatloom.optim import BETAS, ParameterGroup, require_finite, saved_state, sum_of_squares
+from chatloom.optim import BETAS, ParameterGroup, saved_state
 from chatloom.parallel.ranks import Ranks
+from chatloom.parallel.slices import step_slices
 
 CHUNK_M = 32.0
 """Weights, in 2^20, that are gathered at once, at least."""
@@ -93,21 +94,10 @@ class GeminiAdamW:
     def step(self, lr_factor: float, stage: str, step: int) -> float:
         chunks = [chunk.grad_chunk for chunk in self._gemini.chunk16_set]
         slices = [chunk.payload[: chunk.get_valid_length()] for chunk in chunks]
-        heads = [p.grad for p in self._heads if p.grad is not None]
-        self.ranks.sum_tensors(heads)
-        for grad in heads:
-            grad /= self.ranks.size
-        squares = torch.tensor(self.ranks.sum(sum_of_squares(slices)) + sum_of_squares(heads))
-        norm = require_finite(squares.sqrt(), stage, step, what="gradient norm")
-        if (scale := self.params.max_grad_norm / (norm + 1e-6)) < 1:
-            for grad in (*slices, *heads):
-                grad *= scale
-        for optimizer in (self._gemini, self._whole):
-            if optimizer is not None:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * lr_factor
-                optimizer.step()
-                optimizer.zero_grad()
+        optimizers = [optimizer for optimizer in (self._gemini, self._whole) if optimizer is not None]
+        norm = step_slices(
+            optimizers, slices, self._heads, self.ranks, self.params.max_grad_norm, lr_factor, stage, step
+        )
         self._steps += 1
         return norm
 

@@ -22,7 +22,7 @@ from colossalai.shardformer.policies.base_policy import (
 from torch import Tensor, nn
 
 from chatloom.config import Optimizer
-from chatloom.optim import MasterAdamW, ParameterGroup, require_finite, saved_state, sum_of_squares
+from chatloom.optim import MasterAdamW, ParameterGroup, clip, require_finite, saved_state, sum_of_squares
 from chatloom.parallel.ranks import Ranks
 
 SLICED = {
@@ -76,9 +76,7 @@ class HybridAdamW:
         squares = torch.tensor(sum_of_squares(sliced), dtype=torch.float64)
         dist.all_reduce(squares, group=self._plugin.tp_group)
         norm = require_finite((squares + sum_of_squares(whole)).sqrt(), stage, step, what="gradient norm")
-        if (scale := self.params.max_grad_norm / (norm + 1e-6)) < 1:
-            for grad in gradients:
-                grad *= scale
+        clip(gradients, norm, self.params.max_grad_norm)
         self._adamw.step(lr_factor, stage, step)
         return norm
 

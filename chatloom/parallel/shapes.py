@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from chatloom.config import Lora, read_yaml
 from chatloom.errors import InputError
+from chatloom.files import read_json
 
 KNOWN = Path(__file__).with_name("shapes.yaml")
 LLAMA_LIKE = {"llama", "mistral"}
@@ -130,13 +130,7 @@ class Shape:
             near = difflib.get_close_matches(model, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(known)}"
             raise InputError(f"--model {model}: neither a known name nor a path to a config.json; {hint}")
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{file}: not valid JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise InputError(f"{file}: expected a mapping, found {type(values).__name__}")
-        return cls.of_config(values, str(file))
+        return cls.of_config(read_json(file, "give the config.json of a model"), str(file))
 
 
 def quantized_bytes(shape: Shape, bits: int = 4, group: int | None = 128) -> int:

@@ -14,8 +14,9 @@ from colossalai.booster.plugin import LowLevelZeroPlugin
 from torch import Tensor, nn
 
 from chatloom.config import Optimizer
-from chatloom.optim import BETAS, ParameterGroup, require_finite, saved_state, sum_of_squares
+from chatloom.optim import BETAS, ParameterGroup, saved_state
 from chatloom.parallel.ranks import Ranks
+from chatloom.parallel.slices import step_slices
 
 
 class ZeroAdamW:
@@ -73,22 +74,10 @@ class ZeroAdamW:
         slices = [
             grad for i in range(self._zero.num_param_groups) for grad in self._zero.get_working_grads_by_group_id(i)
         ]
-        heads = [p.grad for p in self._heads() if p.grad is not None]
-        self.ranks.sum_tensors(heads)
-        for grad in heads:
-            grad /= self.ranks.size
-        squares = torch.tensor(self.ranks.sum(sum_of_squares(slices)) + sum_of_squares(heads))
-        norm = require_finite(squares.sqrt(), stage, step, what="gradient norm")
-        if (scale := self.params.max_grad_norm / (norm + 1e-6)) < 1:
-            for grad in (*slices, *heads):
-                grad *= scale
-        for optimizer in (self._zero, self._whole):
-            if optimizer is not None:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * lr_factor
-                optimizer.step()
-                optimizer.zero_grad()
-        return norm
+        optimizers = [optimizer for optimizer in (self._zero, self._whole) if optimizer is not None]
+        return step_slices(
+            optimizers, slices, self._heads(), self.ranks, self.params.max_grad_norm, lr_factor, stage, step
+        )
 
     def state_dict(self) -> dict[str, Any]:
         masters, moments = [], {}

@@ -71,7 +71,10 @@ def train_ppo(
     ranks.require_same(
         params=lambda: [params],
         rows=lambda: chain(prompts, ptx, held_out),
-        weights=lambda: [weights_hash(role.model) for role in (roles.policy, roles.reward_model)],
+        # One backbone, or two models.
+        weights=lambda: [
+            weights_hash(model) for model in dict.fromkeys((roles.policy.model, roles.reward_model.model))
+        ],
     )
     groups = [
         ParameterGroup(roles.policy.parameters(), params.optimizer.lr),

@@ -25,13 +25,11 @@ from chatloom.evaluation.perplexity import perplexity
 from chatloom.models.adapters import Role
 from chatloom.models.checkpoint import load_on
 from chatloom.models.gptq_checkpoint import GptqCheckpoint, load_layer, open_gptq
-from chatloom.packing import pack
+from chatloom.packing import ROWS_AT_ONCE, pack
+from chatloom.tensors import LOGITS_CHUNK
 
 log = logging.getLogger(__name__)
 
-ROWS_AT_ONCE = 4
-LOGITS_AT_ONCE = 256
-"""Positions whose logits over the vocabulary are in memory at once."""
 EVERY = "all"
 """The group of all languages."""
 
@@ -157,8 +155,8 @@ def predictions(full: Role, quantized: Role, examples: Sequence[Example], device
     for rows in chunks(sorted(examples, key=lambda example: len(example.input_ids)), ROWS_AT_ONCE):
         packed = pack(rows, device)
         hidden = [role.hidden(packed)[packed.predictors] for role in (full, quantized)]  # (N, H) each
-        for start in range(0, len(packed.targets), LOGITS_AT_ONCE):
-            some = slice(start, start + LOGITS_AT_ONCE)
+        for start in range(0, len(packed.targets), LOGITS_CHUNK):
+            some = slice(start, start + LOGITS_CHUNK)
             targets = packed.targets[some]
             p, q = (
                 F.log_softmax(role.model.lm_head(states[some]).float(), dim=-1)  # (n, V)

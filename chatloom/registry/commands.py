@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +10,7 @@ import typer
 
 from chatloom.errors import InputError
 from chatloom.files import atomic_file
+from chatloom.terminal import input_errors
 
 # MLflow takes seconds to import: the commands import what needs it.
 app = typer.Typer()
@@ -31,7 +30,7 @@ def lineage(
     graph: Annotated[Path | None, typer.Option(help="Write the graph, as .svg or as a page .html.")] = None,
 ) -> None:
     """Show what stands behind a version: runs, data with rows and licences, code, params, machine."""
-    with _input_errors():
+    with input_errors():
         from chatloom.registry.graph import draw_lineage, page_of
         from chatloom.registry.versions import describe, read_version
 
@@ -58,7 +57,7 @@ def verify(
 
     Bytes are looked for in this workspace, in DVC's cache and in git.
     """
-    with _input_errors():
+    with input_errors():
         from chatloom.registry.verify import check_version, summarize
 
         findings = check_version(model, workspace)
@@ -81,7 +80,7 @@ def promote(
     ] = False,
 ) -> None:
     """Make a version the champion; one that failed a gate is refused."""
-    with _input_errors():
+    with input_errors():
         from chatloom.registry.versions import promote as run
 
         move = run(model, reason, expect, compared=not without_comparison)
@@ -95,18 +94,8 @@ def rollback(
     expect: ExpectOption = None,
 ) -> None:
     """Make the version champion again that was it before the present one."""
-    with _input_errors():
+    with input_errors():
         from chatloom.registry.versions import rollback as run
 
         move = run(model, reason, expect)
     typer.echo(f"version {move.version} is champion again, before: {move.before}")
-
-
-@contextmanager
-def _input_errors() -> Iterator[None]:
-    """An input error is a line for the user; any other error is a bug and keeps its traceback."""
-    try:
-        yield
-    except InputError as error:
-        typer.echo(f"chatloom: {error}", err=True)
-        raise typer.Exit(1) from error

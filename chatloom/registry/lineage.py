@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Mapping
 from importlib.metadata import version as package_version
@@ -22,6 +21,8 @@ import yaml
 
 from chatloom.config import Params
 from chatloom.errors import InputError
+from chatloom.files import read_json
+from chatloom.git import head
 from chatloom.registry.hashes import dvc_md5
 
 log = logging.getLogger(__name__)
@@ -58,9 +59,7 @@ def collect_lineage(params: Params, model_out: str, preset: str | None, workspac
     Raises:
         InputError: where `params.yaml` is missing, or `dvc.lock` or a report is not what its name says.
     """
-    commit = _git(workspace, "rev-parse", "HEAD")
-    # dvc.lock changes while a reproduction runs, and its contents are in `stages`.
-    changed = _git(workspace, "status", "--porcelain", "--", ":/", ":(exclude,top)dvc.lock")
+    commit, changed = head(workspace)
     if commit is None:
         log.warning("there is no git commit here: the registered model cannot be traced to its code")
     if not (workspace / "params.yaml").is_file():
@@ -70,7 +69,7 @@ def collect_lineage(params: Params, model_out: str, preset: str | None, workspac
     return {
         "model": {"path": model_out, "md5": hashes.get(model_out, NONE)},
         "preset": preset or "default",
-        "code": {"revision": commit or NONE, "dirty": NONE if changed is None else str(bool(changed)).lower()},
+        "code": {"revision": commit or NONE, "dirty": NONE if changed is None else str(changed).lower()},
         "files": {name: dvc_md5(workspace / name) or NONE for name in FILES},
         "params": params.model_dump(mode="json", by_alias=True),
         "base_model": params.base_model.source.model_dump(mode="json"),
@@ -228,21 +227,4 @@ def _read_report(path: Path) -> dict[str, Any]:
     if not path.is_file():
         log.warning("%s is missing: the registered model cannot be traced to its rows", path)
         return {}
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not valid JSON: {error}; run its stage again") from error
-    if not isinstance(report, dict):
-        raise InputError(f"{path}: expected an object, found {type(report).__name__}; run its stage again")
-    return report
-
-
-def _git(workspace: Path, *arguments: str) -> str | None:
-    """Output of a git command; None where there is no git, no repository or no commit."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(workspace), *arguments], capture_output=True, text=True, timeout=60, check=True
-        )
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+    return read_json(path, "run its stage again")

@@ -64,22 +64,30 @@ def use_tracking_store(purpose: str) -> None:
 
 @contextmanager
 def registry_errors(purpose: str) -> Iterator[None]:
-    """A registry that is down, or refuses, is an input error within seconds: MLflow itself tries for minutes."""
+    """A registry that is down, or refuses, is an input error within seconds."""
     from mlflow import get_tracking_uri
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    short = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-    added = {key: value for key, value in short.items() if key not in os.environ}
-    os.environ.update(added)
     try:
-        yield
+        with few_retries():
+            yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"{purpose}: the registry at {get_tracking_uri()} did not do it: {first}; if it is down, "
             "start it (make ui), or set MLFLOW_TRACKING_URI to one that runs"
         ) from error
+
+
+@contextmanager
+def few_retries() -> Iterator[None]:
+    """MLflow says within seconds that its server is down; left to itself it tries for minutes."""
+    short = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+    added = {key: value for key, value in short.items() if key not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
     finally:
         for key in added:
             del os.environ[key]

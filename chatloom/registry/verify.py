@@ -6,7 +6,6 @@ import configparser
 import hashlib
 import json
 import os
-import subprocess
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from chatloom.errors import InputError
+from chatloom.git import run_git
 from chatloom.registry.hashes import DIRECTORY, dvc_dir_md5, dvc_md5
 from chatloom.registry.lineage import INPUTS_TAG, NONE, OUT_TAG, Facts, read_stages
 from chatloom.registry.resolve import registry_errors, resolve
@@ -81,7 +81,7 @@ def _check_code(facts: Facts, workspace: Path) -> Iterator[Finding]:
     revision = facts["code"]["revision"]
     if revision == NONE:
         yield Finding("code", "git", "unknown", "the version was made outside git: its code is known by hashes only")
-    elif _git(workspace, "cat-file", "-e", f"{revision}^{{commit}}") is None:
+    elif run_git(workspace, "cat-file", "-e", f"{revision}^{{commit}}") is None:
         yield Finding("code", revision, "missing", "this repository has no such commit; fetch it")
     elif facts["code"]["dirty"] == "true":
         yield Finding("code", revision, "same", "with uncommitted changes on top, known by hashes only")
@@ -238,24 +238,15 @@ def _cached_md5(cache: Path, md5: str) -> str | None:
 def _git_md5(workspace: Path, revision: str, path: str) -> str | None:
     """The hash of a file or folder as git has it at `revision`."""
     # Paths are those of the checkout, also where the workspace is a preset's, inside it.
-    names = _git(workspace, "ls-tree", "-r", "-z", "--full-tree", "--name-only", revision, "--", path)
+    names = run_git(workspace, "ls-tree", "-r", "-z", "--full-tree", "--name-only", revision, "--", path)
     if not names:
         return None
     found = {}
     for name in names.decode().rstrip("\0").split("\0"):
-        blob = _git(workspace, "cat-file", "blob", f"{revision}:{name}")
+        blob = run_git(workspace, "cat-file", "blob", f"{revision}:{name}")
         if blob is None:
             return None
         found[name] = hashlib.md5(blob, usedforsecurity=False).hexdigest()
     if list(found) == [path]:
         return found[path]
     return dvc_dir_md5({name.removeprefix(f"{path}/"): md5 for name, md5 in found.items()})
-
-
-def _git(workspace: Path, *arguments: str) -> bytes | None:
-    """Output of a git command; None where it fails or there is no git."""
-    try:
-        done = subprocess.run(["git", "-C", str(workspace), *arguments], capture_output=True, timeout=60, check=True)
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return None
-    return done.stdout

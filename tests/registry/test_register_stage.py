@@ -13,9 +13,10 @@ from pathlib import Path
 import openai
 import pytest
 
+from chatloom.files import read_json
 from chatloom.registry.gates import Verdict
 from chatloom.registry.register import Registered
-from stages.register import gate_table, read_json, summary
+from stages.register import gate_table, summary
 
 ROOT = Path(__file__).parents[2]
 METRICS = {
@@ -46,14 +47,15 @@ def test_summary_and_table() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [(None, "run the stage evaluate first"), ("{", "not valid JSON"), ("[]", "expected an object")]
+    ("text", "words"),
+    [(None, "no such file; run the stage evaluate"), ("{", "not valid JSON"), ("[]", "expected an object")],
 )
 def test_metrics_that_cannot_be_read(tmp_path: Path, text: str | None, words: str) -> None:
     path = tmp_path / "evaluate.json"
     if text is not None:
         path.write_text(text)
     with pytest.raises(ValueError, match=words):
-        read_json(path)
+        read_json(path, "run the stage evaluate")
 
 
 @pytest.fixture

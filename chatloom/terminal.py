@@ -1,0 +1,20 @@
+"""What all commands have in common on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from chatloom.errors import InputError
+
+
+@contextmanager
+def input_errors() -> Iterator[None]:
+    """An input error is a line for the user; any other error is a bug and keeps its traceback."""
+    try:
+        yield
+    except InputError as error:
+        typer.echo(f"chatloom: {error}", err=True)
+        raise typer.Exit(1) from error
