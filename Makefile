@@ -11,7 +11,7 @@ PRESET ?= default
 PREFECT_PORT ?= 4200
 MLFLOW_PORT ?= 5000
 
-.PHONY: help repro flow ui serve chat test test-unit lint lock bench bench-data bench-parallel clean
+.PHONY: help repro flow ui serve chat test test-unit lint lock bench bench-data bench-parallel bench-serve clean
 
 help: ## List the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
@@ -57,6 +57,9 @@ bench-data: .venv/.installed ## Measure data preparation against datasets.map (R
 
 bench-parallel: .venv/.installed ## Measure SFT in two processes against one with two threads
 	@python -m bench.parallel
+
+bench-serve: .venv/.installed ## Measure the server under load, beside transformers serve
+	@python -m bench.serve
 
 clean: ## Remove caches of tools and workspaces of presets; data, models, runs and .venv stay
 	rm -rf workspaces build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

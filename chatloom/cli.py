@@ -14,6 +14,7 @@ from chatloom.config import Strategy
 from chatloom.data.commands import app as data_app
 from chatloom.errors import InputError
 from chatloom.registry.commands import app as registry_app
+from chatloom.serving.commands import app as serving_app
 from chatloom.terminal import input_errors
 
 # torch, MLflow and FastAPI take seconds to import: commands import them when they run, so that --help is quick.
@@ -28,35 +29,12 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(registry_app)
+app.add_typer(serving_app)
 
 ModelOption = Annotated[
     str, typer.Option("--model", help="models:/name@alias, models:/name/version, or a checkpoint's folder.")
 ]
 DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes CUDA where there is one.")]
-
-
-@app.command()
-def serve(
-    model: ModelOption = "models:/chatloom@champion",
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
-    device: DeviceOption = "auto",
-) -> None:
-    """Serve a model over OpenAI's API: POST /v1/chat/completions, GET /v1/models."""
-    with input_errors():
-        from chatloom.registry.resolve import resolve
-
-        resolved = resolve(model)
-        engine = _load(resolved.path, device)
-    import uvicorn
-
-    from chatloom.serving.api import create_app
-
-    version = f" version {resolved.version}" if resolved.version else ""
-    typer.echo(f"Serving {resolved.name}{version}; OpenAI clients take the address below with /v1 behind it", err=True)
-    web = create_app(engine, resolved.name, resolved.tags, version=resolved.version)
-    # A client that listens to a long answer does not keep the server from stopping.
-    uvicorn.run(web, host=host, port=port, timeout_graceful_shutdown=5)
 
 
 @app.command()
@@ -276,8 +254,8 @@ def _answer(
     """Print the answer as it comes; Ctrl-C ends it there."""
     from chatloom.models.sampling import Sampling
 
-    prompt_ids = engine.encode(messages)
-    sampling = Sampling(engine.room(prompt_ids, max_tokens), temperature, top_p)
+    prompt_ids = engine.prompts.encode(messages)
+    sampling = Sampling(engine.prompts.room(prompt_ids, max_tokens), temperature, top_p)
     generation = engine.generate(prompt_ids, sampling, seed=seed)
     parts: list[str] = []
     try:

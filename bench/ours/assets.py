@@ -15,6 +15,7 @@ from bench.presets import ROOT, preset_params
 from bench.side import Row
 from chatloom.config import BaseModelParams, DataSource, RandomSource, RawDataParams
 from chatloom.data.raw import ingest, read_raw
+from chatloom.data.schemas import RawRow
 from chatloom.data.templates import Encoded, encode_rows
 from chatloom.device import Device
 from chatloom.files import atomic_dir, atomic_file
@@ -34,6 +35,21 @@ def make_rows(out: Path, checkpoint: str, source: str, max_prompt: int, max_leng
         max_prompt: tokens of a prompt, at most.
         max_length: tokens of a prompt with any of its responses, at most: nothing is cut on either side.
     """
+    encoded = encode_rows(load_tokenizer(Path(checkpoint)), stop_ids(Path(checkpoint))[0], read_source(source))
+    rows = [Row(row.prompt_ids, row.response_ids) for row in encoded if isinstance(row, Encoded)]
+    fitting = [
+        row
+        for row in rows
+        if len(row.prompt_ids) <= max_prompt
+        and len(row.response_ids) >= responses
+        and len(row.prompt_ids) + max(map(len, row.response_ids), default=0) <= max_length
+    ]
+    random.Random(0).shuffle(fitting)
+    write_rows(out, fitting)
+
+
+def read_source(source: str) -> list[RawRow]:
+    """The rows of `source`, in any accepted format."""
     where = DataSource(
         name="bench",
         path=source,
@@ -47,18 +63,7 @@ def make_rows(out: Path, checkpoint: str, source: str, max_prompt: int, max_leng
     )
     with tempfile.TemporaryDirectory() as folder:
         ingest(RawDataParams(sources=[where], shard_rows=READ_AT_MOST), Path(folder))
-        raw = list(read_raw(Path(folder)))
-    encoded = encode_rows(load_tokenizer(Path(checkpoint)), stop_ids(Path(checkpoint))[0], raw)
-    rows = [Row(row.prompt_ids, row.response_ids) for row in encoded if isinstance(row, Encoded)]
-    fitting = [
-        row
-        for row in rows
-        if len(row.prompt_ids) <= max_prompt
-        and len(row.response_ids) >= responses
-        and len(row.prompt_ids) + max(map(len, row.response_ids), default=0) <= max_length
-    ]
-    random.Random(0).shuffle(fitting)
-    write_rows(out, fitting)
+        return list(read_raw(Path(folder)))
 
 
 def make_synthetic_rows(out: Path, length: int, count: int) -> None:

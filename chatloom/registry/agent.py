@@ -14,7 +14,8 @@ from mlflow.types.responses import ResponsesAgentRequest, ResponsesAgentResponse
 from chatloom.errors import InputError
 from chatloom.models.sampling import Sampling
 from chatloom.registry.resolve import ARTIFACT
-from chatloom.serving.engine import Engine, Generation, Message
+from chatloom.serving.engine import Engine, Generation
+from chatloom.serving.prompts import Message
 
 
 class ChatAgent(ResponsesAgent):  # type: ignore[misc]  # MLflow has no types
@@ -60,9 +61,9 @@ class ChatAgent(ResponsesAgent):  # type: ignore[misc]  # MLflow has no types
             raise InputError(f"custom_inputs has {sorted(custom)}: it may have seed and stop")
         if request.tools:
             raise InputError("tools are not supported by this model: leave them out")
-        prompt_ids = self.engine.encode(to_messages([item.model_dump() for item in request.input]))
+        prompt_ids = self.engine.prompts.encode(to_messages([item.model_dump() for item in request.input]))
         sampling = Sampling(
-            max_new_tokens=self.engine.room(prompt_ids, request.max_output_tokens),
+            max_new_tokens=self.engine.prompts.room(prompt_ids, request.max_output_tokens),
             temperature=1.0 if request.temperature is None else request.temperature,
             top_p=1.0 if request.top_p is None else request.top_p,
         )

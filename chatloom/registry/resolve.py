@@ -29,10 +29,13 @@ class Resolved:
     """Lineage, as `register` recorded it."""
 
 
-def resolve(uri: str) -> Resolved:
+def resolve(uri: str, into: Path | None = None) -> Resolved:
     """The model behind `uri`, downloaded where the registry is on another machine.
 
     A plain path needs no MLflow. The registry is that of `MLFLOW_TRACKING_URI`, else `mlflow.db` in the current folder.
+
+    Args:
+        into: folder that gets a copy of a registered version, in any case; None leaves a download in a temporary one.
 
     Raises:
         InputError: for a path that is no folder, a malformed address, or a model that the registry does not have.
@@ -43,7 +46,23 @@ def resolve(uri: str) -> Resolved:
     if address is None:
         raise InputError(f"{uri}: write models:/name@alias, models:/name/version, or the path of a folder")
     use_tracking_store(uri)
-    return _registered(uri, address["name"], address["alias"], address["version"])
+    return _registered(uri, address["name"], address["alias"], address["version"], into)
+
+
+def current_version(uri: str) -> str:
+    """The version that `uri` means now; `models:/name@alias` means another one after a promotion or a rollback.
+
+    Raises:
+        InputError: where the registry is down, or does not have it.
+    """
+    address = ADDRESS.fullmatch(uri)
+    if address is None:
+        raise InputError(f"{uri}: write models:/name@alias or models:/name/version")
+    use_tracking_store(uri)
+    import mlflow
+
+    with registry_errors(uri):
+        return version_number(uri, mlflow.MlflowClient(), address["name"], address["alias"], address["version"])
 
 
 def use_tracking_store(purpose: str) -> None:
@@ -100,7 +119,7 @@ def _folder(uri: str) -> Resolved:
     return Resolved(path, path.name, None, {})
 
 
-def _registered(uri: str, name: str, alias: str | None, version: str | None) -> Resolved:
+def _registered(uri: str, name: str, alias: str | None, version: str | None, into: Path | None) -> Resolved:
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -109,7 +128,8 @@ def _registered(uri: str, name: str, alias: str | None, version: str | None) -> 
         number = version_number(uri, client, name, alias, version)
     try:
         found = client.get_model_version(name, number)
-        folder = Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{number}"))
+        place = str(into) if into is not None else None
+        folder = Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{number}", dst_path=place))
     except (MlflowException, OSError) as error:
         raise InputError(f"{uri}: version {number} of {name!r} cannot be had: {error}") from error
     return Resolved(_checkpoint(uri, folder), name, number, dict(found.tags))

@@ -1,252 +1,195 @@
-"""OpenAI-compatible HTTP server of one engine."""
+"""The HTTP server: OpenAI's API over the version that is served now."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import logging
-import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
-import anyio
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from fastapi.responses import JSONResponse, Response
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 
-from chatloom.errors import InputError
-from chatloom.models.sampling import Sampling
-from chatloom.serving.engine import ContextLengthError, Engine, Generation
-from chatloom.serving.schema import ChatRequest, RequestError, refuse_unsupported
+from chatloom.registry.resolve import Resolved
+from chatloom.serving.answering import EventStream, events_of, read_whole, whole_response
+from chatloom.serving.calls import AnyRequest, Call
+from chatloom.serving.colossalchat import GenerationRequest, generate_events
+from chatloom.serving.engine import Engine
+from chatloom.serving.errors import ErrorBody, RequestError, add_error_handlers
+from chatloom.serving.gate import BodyLimit, KeyGate
+from chatloom.serving.keys import KeyRing
+from chatloom.serving.loading import make_served, native_model
+from chatloom.serving.metrics import CONTENT_TYPE, Metrics
+from chatloom.serving.options import Options
+from chatloom.serving.records import Audit, Recorded
+from chatloom.serving.schema import ChatRequest, CompletionRequest, refuse_unsupported
+from chatloom.serving.served import Model, Served, Slot
+from chatloom.serving.swap import Watcher
+from chatloom.serving.wire import ChatFormat, TextFormat, head_of
+from chatloom.serving.words import read_words
 
-log = logging.getLogger(__name__)
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request is refused; the message says why."},
+    "5XX": {"model": ErrorBody, "description": "The server failed, or stops."},
+}
+ANSWER = "The answer; with `stream` as server-sent events."
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"description": ANSWER, "content": {"application/json": {}, "text/event-stream": {}}},
+    **ERRORS,
+}
 
 
-def create_app(engine: Engine, model_name: str, lineage: Mapping[str, str], *, version: str | None = None) -> FastAPI:
+@dataclass(frozen=True)
+class Watch:
+    """What makes a server swap by itself."""
+
+    uri: str
+    """`models:/name@alias`"""
+    open_served: Callable[[Resolved], Served]
+
+
+def create_app(
+    model: Model | Engine,
+    name: str,
+    lineage: Mapping[str, str],
+    *,
+    version: str | None = None,
+    options: Options | None = None,
+    watch: Watch | None = None,
+) -> FastAPI:
     """The server's routes.
 
     Args:
-        model_name: what requests must call the model.
+        name: what requests must call the model.
         lineage: shown by /v1/models: the data, code and parameters behind the model.
         version: of the registered model; None for a plain folder.
+        watch: None serves this model until the server ends.
+
+    Raises:
+        InputError: where the model fails its self-check, or a file that `options` name cannot be read.
     """
-    # One thread: generation has the processor anyway, waiting requests stand in its queue, and one that is given up
-    # while it waits leaves the queue without ever starting.
-    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
+    options = options or Options()
+    loaded = native_model(model, options) if isinstance(model, Engine) else model
+    slot = Slot(make_served(loaded, name, version, lineage, options))
+    metrics = Metrics(slot)
+    words = read_words(options.words) if options.words is not None else None
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        slot.current.scheduler.start()
+        watcher = None
+        if watch is not None and options.watch_seconds:
+            watcher = Watcher(watch.uri, watch.open_served, slot, metrics)
+            watcher.start(options.watch_seconds)
         yield
-        executor.shutdown(wait=False, cancel_futures=True)
+        if watcher is not None:
+            await watcher.close()
+        await slot.current.scheduler.close()
 
-    app = FastAPI(title="Chatloom", lifespan=lifespan)
-    _add_error_handlers(app)
-    card = {
-        "id": model_name,
-        "object": "model",
-        "created": int(time.time()),
-        "owned_by": "chatloom",
-        "version": version,
-        "lineage": dict(lineage),
-    }
-    fingerprint = f"{model_name}/{version}" if version is not None else model_name
+    # Its own pages of documentation would be fetched from the web.
+    app = FastAPI(
+        title="Chatloom", lifespan=lifespan, docs_url=None, redoc_url=None, middleware=_middleware(options, metrics)
+    )
+    app.state.slot = slot
+    add_error_handlers(app)
+
+    async def begin(body: AnyRequest, request: Request, options: Options = options) -> Call:
+        refuse_unsupported(body)
+        served = slot.current
+        _check_name(body.model, served.name)
+        call = Call(served, body, options, words, request.state.record)
+        try:
+            await call.start()
+        except BaseException:
+            call.close()
+            raise
+        return call
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        return {"status": "ok", "busy": engine.busy}
+        """Whether the process answers."""
+        return {"status": "ok", "busy": slot.current.scheduler.in_flight > 0}
 
-    @app.get("/v1/models")
+    @app.get("/ready", responses={503: {"model": ErrorBody}})
+    async def ready() -> dict[str, Any]:
+        """Whether requests would be answered now."""
+        if not slot.current.scheduler.alive:
+            raise RequestError("the engine is down", status=503)
+        return {"status": "ready", "model": slot.current.name, "version": slot.current.version}
+
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def prometheus() -> Response:
+        return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    @app.get("/v1/models", responses=ERRORS)
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card]}
+        return {"object": "list", "data": [slot.current.card()]}
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
-        _check_name(name, model_name)
-        return card
+    @app.get("/v1/models/{model:path}", responses=ERRORS)
+    async def one_model(model: str) -> dict[str, Any]:
+        _check_name(model, slot.current.name)
+        return slot.current.card()
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=ANSWERS, response_class=JSONResponse)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        _check_name(body.model, model_name)
-        refuse_unsupported(body)
-        # Tokenising a long conversation takes a while: not on the event loop.
-        generation = await anyio.to_thread.run_sync(_start, engine, body)
-        head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model_name,
-            "system_fingerprint": fingerprint,
-        }
+        call = await begin(body, request)
+        style = ChatFormat(head_of(call.served.name, call.served.fingerprint), call.served.model.prompts)
         if body.stream:
-            include_usage = body.stream_options is not None and body.stream_options.include_usage
-            return _EventStream(generation, _events(generation, executor, head, include_usage))
-        return await _complete(generation, executor, head, request)
+            return EventStream(call, events_of(call, style))
+        return await whole_response(call, style, request)
 
+    @app.post("/v1/completions", responses=ANSWERS, response_class=JSONResponse)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        call = await begin(body, request)
+        style = TextFormat(head_of(call.served.name, call.served.fingerprint), call.served.model.prompts)
+        if body.stream:
+            return EventStream(call, events_of(call, style))
+        return await whole_response(call, style, request)
+
+    @app.post("/generate", responses=ERRORS)
+    async def generate(body: GenerationRequest, request: Request) -> str:
+        """ColossalChat's: the response as a JSON string."""
+        call = await begin(body.as_chat(slot.current.name), request, dropping)
+        choices = await read_whole(call, request)
+        return choices[0].text.lstrip() if choices is not None else ""
+
+    @app.post(
+        "/generate/stream",
+        responses={200: {"content": {"text/event-stream": {}}}, **ERRORS},
+        response_class=EventStream,
+    )
+    async def generate_stream(body: GenerationRequest, request: Request) -> Response:
+        """ColossalChat's: events `generate`, then `end`."""
+        call = await begin(body.as_chat(slot.current.name), request, dropping)
+        return EventStream(call, generate_events(call))
+
+    dropping = replace(options, overflow="drop-oldest")
     return app
 
 
-def _start(engine: Engine, body: ChatRequest) -> Generation:
-    prompt_ids = engine.encode(body.to_messages())
-    sampling = Sampling(
-        max_new_tokens=engine.room(prompt_ids, body.asked_tokens),
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-    )
-    return engine.generate(prompt_ids, sampling, seed=body.seed, stop=body.stop)
-
-
-async def _deltas(generation: Generation, executor: Executor) -> AsyncGenerator[str, None]:
-    """The deltas as they come from the generating thread; leaving early stops it at its next token."""
-    loop = asyncio.get_running_loop()
-    queue: asyncio.Queue[str | None] = asyncio.Queue()
-
-    def work() -> None:
-        try:
-            for delta in generation:
-                loop.call_soon_threadsafe(queue.put_nowait, delta)
-        finally:
-            loop.call_soon_threadsafe(queue.put_nowait, None)
-
-    working = loop.run_in_executor(executor, work)
-    try:
-        while (delta := await queue.get()) is not None:
-            yield delta
-        await working  # raises what generation raised
-    finally:
-        generation.cancel()
-        working.cancel()
-
-
-async def _complete(generation: Generation, executor: Executor, head: dict[str, Any], request: Request) -> Response:
-    parts: list[str] = []
-
-    async def read() -> None:
-        async with aclosing(_deltas(generation, executor)) as deltas:
-            async for delta in deltas:
-                parts.append(delta)
-
-    reading = asyncio.ensure_future(read())
-    leaving = asyncio.ensure_future(_until_disconnect(request))
-    try:
-        await asyncio.wait((reading, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not reading.done():
-            log.info("the client left: its answer is stopped after %d tokens", generation.completion_tokens)
-            return Response(status_code=499)  # nobody reads it
-        reading.result()
-    finally:
-        reading.cancel()
-        leaving.cancel()
-    message = {"role": "assistant", "content": "".join(parts), "refusal": None}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": generation.finish_reason}
-    return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": _usage(generation)})
-
-
-async def _until_disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-class _EventStream(StreamingResponse):
-    """Server-sent events; the generation ends with the response, however that ends."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, generation: Generation, events: AsyncGenerator[str, None]) -> None:
-        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self._generation, self._events = generation, events
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-            if self._generation.finish_reason is None:
-                log.info("the client left: its answer is stopped after %d tokens", self._generation.completion_tokens)
-        finally:
-            self._generation.cancel()
-            await self._events.aclose()
-
-
-async def _events(
-    generation: Generation, executor: Executor, head: dict[str, Any], include_usage: bool
-) -> AsyncGenerator[str, None]:
-    def chunk(delta: dict[str, Any], finish_reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return event([choice], None)
-
-    def event(choices: list[dict[str, Any]], usage: dict[str, int] | None) -> str:
-        body = {**head, "object": "chat.completion.chunk", "choices": choices}
-        if include_usage:
-            body["usage"] = usage
-        return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
-
-    yield chunk({"role": "assistant", "content": ""})
-    async with aclosing(_deltas(generation, executor)) as deltas:
-        async for delta in deltas:
-            yield chunk({"content": delta})
-    yield chunk({}, generation.finish_reason)
-    if include_usage:
-        yield event([], _usage(generation))
-    yield "data: [DONE]\n\n"
-
-
-def _usage(generation: Generation) -> dict[str, int]:
-    return {
-        "prompt_tokens": generation.prompt_tokens,
-        "completion_tokens": generation.completion_tokens,
-        "total_tokens": generation.prompt_tokens + generation.completion_tokens,
-    }
+def _middleware(options: Options, metrics: Metrics) -> list[Middleware]:
+    """From the outside in."""
+    audit = Audit(options.audit, metrics) if options.audit is not None else None
+    found = [Middleware(Recorded, metrics=metrics, audit=audit)]
+    if options.cors:
+        found.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=options.cors,
+                allow_methods=["GET", "POST"],
+                allow_headers=["Authorization", "Content-Type"],
+                expose_headers=["Retry-After", "X-Request-Id"],
+            )
+        )
+    if options.keys is not None:
+        found.append(Middleware(KeyGate, ring=KeyRing(options.keys)))
+    found.append(Middleware(BodyLimit, max_bytes=options.max_body, seconds=options.body_seconds))
+    return found
 
 
 def _check_name(asked: str, served: str) -> None:
     if asked != served:
         message = f"model {asked!r} is not served here: this server has {served!r}"
         raise RequestError(message, "model", status=404, code="model_not_found")
-
-
-def _add_error_handlers(app: FastAPI) -> None:
-    """Every error as OpenAI's error body, which its clients turn into their exceptions."""
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            reason = first.get("ctx", {}).get("error", first["msg"])
-            return _error(400, f"the body is not valid JSON: {reason}")
-        param = _dotted(first["loc"][1:])
-        message = first["msg"].removeprefix("Value error, ")
-        return _error(400, f"{param or 'the body'}: {message[0].lower()}{message[1:]}", param=param)
-
-    @app.exception_handler(InputError)
-    async def refused(_: Request, error: InputError) -> Response:
-        if isinstance(error, RequestError):
-            return _error(error.status, str(error), param=error.param, code=error.code)
-        code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
-        return _error(400, str(error), param="messages", code=code)
-
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> Response:
-        return _error(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
-
-    @app.exception_handler(Exception)
-    async def bug(_: Request, error: Exception) -> Response:
-        # The traceback goes to the log, not to the client.
-        return _error(500, "the server failed; its log says why", kind="server_error")
-
-
-def _dotted(location: tuple[int | str, ...]) -> str | None:
-    """`("messages", 0, "role")` as `messages[0].role`."""
-    path = ""
-    for part in location:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}"
-    return path.removeprefix(".") or None
-
-
-def _error(
-    status: int, message: str, *, param: str | None = None, code: str | None = None, kind: str = "invalid_request_error"
-) -> Response:
-    body = {"message": message, "type": kind, "param": param, "code": code}
-    # Plain ASCII: the request's own words may be in it, half a surrogate pair among them.
-    return Response(json.dumps({"error": body}), status, media_type="application/json")

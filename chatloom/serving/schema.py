@@ -1,37 +1,31 @@
-"""What a client may ask: OpenAI's chat completion request, as far as this server can honour it."""
+"""What a client may ask: OpenAI's requests, as far as this server can honour them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
-from chatloom.errors import InputError
-from chatloom.serving.engine import Message
+from chatloom.serving.errors import RequestError
+from chatloom.serving.logits import Penalties
+from chatloom.serving.prompts import DEFAULT_MAX_NEW_TOKENS, Message, Prompts
 
 # These describe the caller and change no answer.
 LABELS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 # Settings that this server lacks, with the value that asks for nothing.
 NEUTRAL: Mapping[str, Any] = {
-    "n": 1,
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "logprobs": False,
-    "top_logprobs": 0,
     "logit_bias": {},
     "tools": [],
     "response_format": {"type": "text"},
     "modalities": ["text"],
+    "best_of": 1,
+    "echo": False,
+    "suffix": "",
 }
-
-
-class RequestError(InputError):
-    """A request that cannot be honoured, with the parameter at fault and OpenAI's code for it."""
-
-    def __init__(self, message: str, param: str | None = None, *, status: int = 400, code: str | None = None) -> None:
-        super().__init__(message)
-        self.param, self.status, self.code = param, status, code
+MAX_CHOICES = 16
+MAX_PROMPTS = 16
+MAX_ALTERNATIVES = 20
 
 
 def _as_text(content: object) -> object:
@@ -67,45 +61,133 @@ def _as_list(stop: object) -> object:
 
 
 StopStrings = Annotated[
-    list[Annotated[str, StringConstraints(min_length=1)]], Field(max_length=4), BeforeValidator(_as_list)
+    list[Annotated[str, StringConstraints(min_length=1, max_length=1000)]],
+    Field(max_length=4),
+    BeforeValidator(_as_list),
 ]
 Count = Annotated[int, Field(ge=1)]
 
 
-class ChatRequest(BaseModel):
-    """Body of POST /v1/chat/completions. The defaults are OpenAI's."""
+class Settings(BaseModel):
+    """What both kinds of requests have. The defaults are OpenAI's."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     model: str
-    messages: Annotated[list[RequestMessage], Field(min_length=1)]
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    """Not OpenAI's, like `repetition_penalty`; clients send them as `extra_body`."""
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    stop: StopStrings = []
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _streams(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only for stream = true")
+        return self
+
+    @property
+    def penalties(self) -> Penalties:
+        return Penalties(self.repetition_penalty or 1.0, self.presence_penalty or 0.0, self.frequency_penalty or 0.0)
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatRequest(Settings):
+    """Body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[RequestMessage], Field(min_length=1)]
     max_tokens: Count | None = None
     """The older name of `max_completion_tokens`."""
     max_completion_tokens: Count | None = None
-    stop: StopStrings = []
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
+    default_tokens: ClassVar[int] = DEFAULT_MAX_NEW_TOKENS
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is only for stream = true")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs is only for logprobs = true")
         return self
 
     @property
     def asked_tokens(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
+
+    @property
+    def texts(self) -> Sequence[str]:
+        return [message.content for message in self.messages]
+
     def to_messages(self) -> list[Message]:
         return [Message(message.role, message.content) for message in self.messages]
 
+    def encode(self, prompts: Prompts, *, drop_oldest: bool) -> list[list[int]]:
+        messages = self.to_messages()
+        return [prompts.encode_latest(messages, self.asked_tokens) if drop_oldest else prompts.encode(messages)]
 
-def refuse_unsupported(request: ChatRequest) -> None:
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class CompletionRequest(Settings):
+    """Body of POST /v1/completions: texts that the model goes on from, without its chat template."""
+
+    prompt: (
+        Annotated[str, StringConstraints(min_length=1)]
+        | Annotated[list[Annotated[str, StringConstraints(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    max_tokens: Count | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    default_tokens: ClassVar[int] = 16
+
+    @property
+    def asked_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def texts(self) -> Sequence[str]:
+        return [prompt for prompt in self._prompts() if isinstance(prompt, str)]
+
+    def encode(self, prompts: Prompts, *, drop_oldest: bool) -> list[list[int]]:
+        """A text has no turns that could be left out: `drop_oldest` is for conversations."""
+        return [
+            prompts.encode_text(prompt) if isinstance(prompt, str) else prompts.check_ids(prompt)
+            for prompt in self._prompts()
+        ]
+
+    def _prompts(self) -> list[str] | list[list[int]]:
+        match self.prompt:
+            case str(text):
+                return [text]
+            case [int(), *_] as ids:
+                return [ids]
+            case prompts:
+                return prompts
+
+
+def refuse_unsupported(request: Settings) -> None:
     """A setting is honoured or refused, never silently ignored.
 
     Raises:
@@ -114,12 +196,10 @@ def refuse_unsupported(request: ChatRequest) -> None:
     for name, value in (request.model_extra or {}).items():
         if name in LABELS or value is None or (name in NEUTRAL and value == NEUTRAL[name]):
             continue
-        if name == "n":
-            raise RequestError(f"n = {value!r}: this server gives one answer a request; send the request again", "n")
         if name in NEUTRAL:
             raise RequestError(f"{name} is not supported by this server: leave it out", name)
         raise RequestError(f"unknown parameter {name!r}: leave it out", name)
-    for index, message in enumerate(request.messages):
+    for index, message in enumerate(request.messages if isinstance(request, ChatRequest) else []):
         for name, value in (message.model_extra or {}).items():
             if value not in (None, [], {}):
                 param = f"messages[{index}].{name}"

@@ -2,9 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Literal, Protocol
 
 REPLACEMENT = "\ufffd"
+FinishReason = Literal["stop", "length", "content_filter"]
+
+
+class Scanner(Protocol):
+    """Looks for the end of an answer in its text, given piece by piece."""
+
+    found: bool
+    """Whether the answer ends before what is held back."""
+
+    @property
+    def reason(self) -> FinishReason: ...
+
+    def push(self, delta: str) -> str:
+        """The text that is safe to show."""
+
+    def flush(self) -> str:
+        """The text held back, at the end of the answer; it may be found there."""
+
+
+class AnswerText:
+    """The text of one answer from its tokens, and why it ends."""
+
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], stop_ids: Collection[int], scanners: Sequence[Scanner]
+    ) -> None:
+        """
+        Args:
+            stop_ids: tokens that end an answer and are not part of it.
+            scanners: each gets what the one before it shows.
+        """
+        self._decoder, self._stop_ids, self._scanners = TextDecoder(decode), frozenset(stop_ids), tuple(scanners)
+        self.finish_reason: FinishReason | None = None
+        """None until the answer is complete; no token comes after that."""
+
+    def push(self, token: int, *, last: bool) -> str:
+        """The text that `token` adds; `last` says that the length limit ends the answer here."""
+        assert self.finish_reason is None, "nothing comes after the end"
+        if token in self._stop_ids:
+            self.finish_reason = "stop"
+            return self._scan(self._decoder.flush(), last=True)
+        text = self._decoder.push(token)
+        if last:
+            self.finish_reason = "length"
+            text += self._decoder.flush()
+        return self._scan(text, last=last)
+
+    def _scan(self, text: str, *, last: bool) -> str:
+        for scanner in self._scanners:
+            text = scanner.push(text)
+            if last and not scanner.found:
+                text += scanner.flush()
+            if scanner.found:  # what the later ones hold back is still to be shown
+                self.finish_reason, last = scanner.reason, True
+        return text
 
 
 class TextDecoder:
@@ -41,6 +96,8 @@ class TextDecoder:
 
 class StopScanner:
     """Cuts a text, given piece by piece, before the first of the stop strings."""
+
+    reason: FinishReason = "stop"
 
     def __init__(self, stop: Sequence[str]) -> None:
         assert all(stop), "an empty stop string would end every answer at once"

@@ -3,43 +3,24 @@
 from __future__ import annotations
 
 import json
-import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import uvicorn
 
 from chatloom.serving.api import create_app
 from chatloom.serving.engine import Engine
+from chatloom.serving.options import Options
+from chatloom.serving.prompts import Message
+from tests.serving.server import LINEAGE, busy, poll, running, serving
 
-LINEAGE = {"git.revision": "abc", "dvc.model": "123.dir"}
 HELLO, COUNT = [{"role": "user", "content": "你好"}], [{"role": "user", "content": "count"}]
 ANSWER, COUNTED = "你好，世界！龘😀 end", "one two three four five six"
 ENDLESS = {"model": "tiny", "messages": COUNT, "max_tokens": 90_000, "temperature": 0}
-
-
-@contextmanager
-def serving(engine: Engine) -> Iterator[str]:
-    """Address of a server on a free port; a request waits in the socket until the server is up."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        app = create_app(engine, "tiny", LINEAGE, version="3")
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            address = f"http://127.0.0.1:{listening.getsockname()[1]}"
-            httpx.get(f"{address}/health", timeout=30).raise_for_status()
-            yield address
-        finally:
-            server.should_exit = True
-            thread.join(timeout=30)
-            assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +38,6 @@ def client(address: str) -> openai.OpenAI:
 def endless(babbler: Engine) -> Iterator[str]:
     with serving(babbler) as url:
         yield url
-
-
-def poll(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never held"
-        threading.Event().wait(0.01)
 
 
 def test_completion(client: openai.OpenAI) -> None:
@@ -148,7 +122,7 @@ def test_seed(endless: str) -> None:
 def test_models(client: openai.OpenAI) -> None:
     (card,) = client.models.list().data
     assert (card.id, card.object) == ("tiny", "model")
-    assert card.model_extra == {"version": "3", "lineage": LINEAGE}
+    assert card.model_extra == {"version": "3", "context": 2048, "lineage": LINEAGE}
     assert client.models.retrieve("tiny") == card
 
 
@@ -181,11 +155,17 @@ BASE: dict[str, Any] = {"model": "tiny", "messages": HELLO}
         ({"stop": ""}, "stop[0]", "at least 1 character"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "at most 4"),
         ({"seed": 2**64}, "seed", "less than"),
-        ({"n": 2}, "n", "one answer a request"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"n": 17}, "n", "less than or equal to 16"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not supported"),
-        ({"logprobs": True}, "logprobs", "not supported"),
+        ({"top_logprobs": 2}, None, "only for logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
-        ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
+        ({"presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
+        ({"frequency_penalty": "much"}, "frequency_penalty", "valid number"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+        ({"top_k": -1}, "top_k", "greater than or equal to 1"),
         ({"temprature": 0.5}, "temprature", "unknown parameter"),
         ({"stream_options": {"include_usage": True}}, None, "only for stream"),
     ],
@@ -255,43 +235,202 @@ def test_a_bug_is_a_server_error(address: str, parrot: Engine, monkeypatch: pyte
     def broken(ids: object) -> str:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(parrot, "_decode", broken)
+    monkeypatch.setattr(parrot.prompts, "decode", broken)
     response = httpx.post(f"{address}/v1/chat/completions", json=BASE, timeout=30)
     assert response.status_code == 500
     assert response.json()["error"]["type"] == "server_error"
+    assert "ZeroDivision" not in response.text
     # The status of a stream is out already: what is left is to break the connection off.
     with pytest.raises(httpx.RemoteProtocolError):
         httpx.post(f"{address}/v1/chat/completions", json=BASE | {"stream": True}, timeout=30)
-    poll(lambda: not parrot.busy)
+    poll(lambda: not busy(address))
 
 
-def test_a_left_stream_frees_the_engine(endless: str, babbler: Engine) -> None:
+def test_a_left_stream_frees_its_place(endless: str) -> None:
     client = openai.OpenAI(base_url=f"{endless}/v1", api_key="none", max_retries=0)
     asked: Any = ENDLESS
     with client.chat.completions.create(**asked, stream=True) as stream:
         for chunk in stream:
             if chunk.choices[0].delta.content:
                 break
-        assert babbler.busy
         # The event loop is free while tokens are made.
         assert httpx.get(f"{endless}/health", timeout=5).json() == {"status": "ok", "busy": True}
-    poll(lambda: not babbler.busy)
+    poll(lambda: not busy(endless))
 
 
-def test_a_left_request_frees_the_engine(endless: str, babbler: Engine) -> None:
+def test_a_left_request_frees_its_place(endless: str) -> None:
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{endless}/v1/chat/completions", json=ENDLESS, timeout=1)
-    poll(lambda: not babbler.busy)
+    poll(lambda: not busy(endless))
 
 
-def test_a_request_left_while_it_waits_never_runs(endless: str, babbler: Engine) -> None:
-    with httpx.stream("POST", f"{endless}/v1/chat/completions", json=ENDLESS | {"stream": True}, timeout=10) as first:
-        lines = first.iter_lines()
-        next(lines)
+def test_a_request_left_while_it_waits_never_runs(babbler: Engine) -> None:
+    with serving(babbler, batch_size=1) as address:
+        url = f"{address}/v1/chat/completions"
+        with httpx.stream("POST", url, json=ENDLESS | {"stream": True}, timeout=10) as first:
+            lines = first.iter_lines()
+            next(lines)
+            for stream in (False, True):
+                with pytest.raises(httpx.ReadTimeout):
+                    httpx.post(url, json=ENDLESS | {"stream": stream}, timeout=0.5)
+            assert next(line for line in lines if line)
+        assert httpx.post(url, json=ENDLESS | {"max_tokens": 2}, timeout=20).status_code == 200
+        poll(lambda: not busy(address))
+
+
+def test_answers_are_made_at_once_and_do_not_mix(address: str, babbler: Engine) -> None:
+    """A short answer overtakes one that was there before; conversations of many clients stay apart."""
+    with serving(babbler) as slow:
+        url = f"{slow}/v1/chat/completions"
+        with httpx.stream("POST", url, json=ENDLESS | {"stream": True}, timeout=10) as first:
+            assert next(first.iter_lines())
+            assert httpx.post(url, json=ENDLESS | {"max_tokens": 3}, timeout=20).status_code == 200
+            assert busy(slow)
+    with ThreadPoolExecutor(8) as pool:
+        bodies = [{"model": "tiny", "messages": turns, "temperature": 0} for turns in [HELLO, COUNT] * 8]
+        replies = list(
+            pool.map(lambda body: httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60), bodies)
+        )
+    texts = [reply.json()["choices"][0]["message"]["content"] for reply in replies]
+    assert texts == [ANSWER, COUNTED] * 8
+
+
+def test_several_choices(endless: str, client: openai.OpenAI) -> None:
+    hot = openai.OpenAI(base_url=f"{endless}/v1", api_key="none", max_retries=0)
+    asked: Any = {"model": "tiny", "messages": COUNT, "max_tokens": 12, "seed": 5, "n": 3}
+    done = hot.chat.completions.create(**asked)
+    texts = [choice.message.content for choice in done.choices]
+    assert [choice.index for choice in done.choices] == [0, 1, 2]
+    assert len(set(texts)) == 3
+    assert done.usage is not None
+    assert done.usage.prompt_tokens == hot.chat.completions.create(**asked | {"n": 1}).usage.prompt_tokens  # type: ignore[union-attr]
+    streamed = ["", "", ""]
+    ends = []
+    for chunk in hot.chat.completions.create(**asked, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+            ends += [choice.index] if choice.finish_reason else []
+    assert streamed == texts
+    assert sorted(ends) == [0, 1, 2]
+    # The first of several is what one alone would be.
+    assert hot.chat.completions.create(**asked | {"n": 1}).choices[0].message.content == texts[0]
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "messages": COUNT, "temperature": 0, "logprobs": True, "top_logprobs": 2}
+    done = client.chat.completions.create(**asked)
+    assert done.choices[0].logprobs is not None
+    content = done.choices[0].logprobs.content
+    assert content is not None
+    assert "".join(entry.token for entry in content) == COUNTED
+    assert bytes(byte for entry in content for byte in entry.bytes or []).decode() == COUNTED
+    for entry in content:
+        assert entry.top_logprobs[0].token == entry.token  # greedy takes the likeliest
+        assert entry.top_logprobs[0].logprob == entry.logprob
+        # It knows these answers by heart, and no two tokens have more than the whole.
+        assert 0.5 < math.exp(entry.logprob) <= 1
+        assert sum(math.exp(top.logprob) for top in entry.top_logprobs) <= 1 + 1e-6
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    streamed = [e for c in chunks if c.choices[0].logprobs for e in c.choices[0].logprobs.content or []]
+    assert [(entry.token, entry.logprob) for entry in streamed] == [(entry.token, entry.logprob) for entry in content]
+
+
+def test_penalties(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "messages": COUNT, "temperature": 0}
+    assert client.chat.completions.create(**asked).choices[0].message.content == COUNTED
+    # It repeats letters: a penalty on what was there turns it away from what it knows.
+    for penalty in ({"presence_penalty": 2.0, "frequency_penalty": 2.0}, {"extra_body": {"repetition_penalty": 10.0}}):
+        assert client.chat.completions.create(**asked, **penalty).choices[0].message.content != COUNTED
+
+
+def test_completions(client: openai.OpenAI, parrot: Engine) -> None:
+    """The chat template written out by hand, as token ids: text that looks like control tokens stays text."""
+    ids = parrot.prompts.encode([Message("user", "count")])
+    done = client.completions.create(model="tiny", prompt=ids, temperature=0, max_tokens=64, logprobs=1)
+    assert (done.object, done.choices[0].text, done.choices[0].finish_reason) == ("text_completion", COUNTED, "stop")
+    logprobs = done.choices[0].logprobs
+    assert logprobs is not None
+    assert "".join(logprobs.tokens or []) == COUNTED
+    assert logprobs.text_offset == list(range(len(COUNTED)))  # a token a character here
+    chunks = list(client.completions.create(model="tiny", prompt=ids, temperature=0, max_tokens=64, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == COUNTED
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    text = parrot.prompts.decode(ids)
+    assert client.completions.create(model="tiny", prompt="<|im_start|>user", max_tokens=1).usage.prompt_tokens > 8  # type: ignore[union-attr]
+    two = client.completions.create(model="tiny", prompt=[text, "b"], temperature=0, n=2)
+    assert [choice.index for choice in two.choices] == [0, 1, 2, 3]
+    assert (two.choices[0].text, two.choices[2].text) == (two.choices[1].text, two.choices[3].text)
+    assert two.usage is not None
+    assert two.usage.completion_tokens <= 4 * 16
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prompt": ""}, "at least 1 character"),
+        ({"prompt": []}, "at least 1 item"),
+        ({"prompt": [5, 100_000]}, "the vocabulary has 0 to"),
+        ({"prompt": [-1]}, "greater than or equal to 0"),
+        ({"prompt": {"a": 1}}, "valid"),
+        ({"prompt": "x " * 1500}, "context is 2048"),
+        ({"echo": True}, "echo is not supported"),
+        ({"max_tokens": 10**9}, "ask for at most"),
+        ({"logprobs": 6}, "less than or equal to 5"),
+    ],
+)
+def test_bad_completion(address: str, change: dict[str, Any], words: str) -> None:
+    body = {"model": "tiny", "prompt": "a"} | change
+    response = httpx.post(f"{address}/v1/completions", json=body, timeout=30)
+    assert response.status_code == 400
+    assert words in response.json()["error"]["message"]
+
+
+def test_a_full_queue(babbler: Engine) -> None:
+    with serving(babbler, batch_size=1, queue=1) as address:
+        url = f"{address}/v1/chat/completions"
+        with (
+            httpx.stream("POST", url, json=ENDLESS | {"stream": True}, timeout=10) as first,
+            httpx.stream("POST", url, json=ENDLESS | {"stream": True}, timeout=10) as second,
+        ):
+            assert next(first.iter_lines())
+            assert next(second.iter_lines())
+            refused = httpx.post(url, json=ENDLESS, timeout=10)
+            assert refused.status_code == 429
+            assert int(refused.headers["retry-after"]) >= 1
+            assert refused.json()["error"]["code"] == "server_busy"
+            too_many = httpx.post(url, json=ENDLESS | {"n": 3}, timeout=10)
+            assert too_many.status_code == 400
+            assert too_many.json()["error"]["param"] == "n"
+        poll(lambda: not busy(address))
+        assert httpx.post(url, json=ENDLESS | {"max_tokens": 2}, timeout=20).status_code == 200
+
+
+def test_a_failing_engine(parrot: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers under way end with an error, a stream's as an event; the next request is served."""
+    app = create_app(parrot, "tiny", LINEAGE, options=Options())
+    with running(app) as address:
         for stream in (False, True):
-            with pytest.raises(httpx.ReadTimeout):
-                httpx.post(f"{endless}/v1/chat/completions", json=ENDLESS | {"stream": stream}, timeout=0.5)
-        assert next(line for line in lines if line)
-    short = ENDLESS | {"max_tokens": 2}
-    assert httpx.post(f"{endless}/v1/chat/completions", json=short, timeout=20).status_code == 200
-    poll(lambda: not babbler.busy)
+            batch = app.state.slot.current.scheduler._batch
+
+            def broken() -> None:
+                raise RuntimeError("out of memory")
+
+            monkeypatch.setattr(batch, "step", broken)
+            response = httpx.post(f"{address}/v1/chat/completions", json=BASE | {"stream": stream}, timeout=30)
+            last = response.text.strip().splitlines()[-1].removeprefix("data: ")
+            assert json.loads(last)["error"]["type"] == "server_error"
+            assert "memory" not in response.text
+            assert response.status_code == (200 if stream else 500)
+            done = httpx.post(f"{address}/v1/chat/completions", json=BASE | {"temperature": 0}, timeout=30)
+            assert done.json()["choices"][0]["message"]["content"] == ANSWER
+        assert httpx.get(f"{address}/ready", timeout=30).status_code == 200
+
+        def gone() -> None:
+            raise RuntimeError("no device")
+
+        monkeypatch.setattr(app.state.slot.current.scheduler._batch, "step", broken)
+        monkeypatch.setattr(app.state.slot.current.scheduler, "_open_batch", gone)
+        for _ in range(2):
+            assert httpx.post(f"{address}/v1/chat/completions", json=BASE, timeout=30).status_code == 500
+        assert httpx.get(f"{address}/ready", timeout=30).status_code == 503
+        assert httpx.get(f"{address}/health", timeout=30).status_code == 200
