@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from bench import seven_b
+from bench import serve, seven_b
+from bench.load import choices_of
 from bench.machine import cpu_fields
 from bench.measure import Setup, make_job, parse_result
 from bench.ours.arithmetic import training_flops
@@ -260,6 +262,52 @@ def test_the_peers_have_the_torch_of_the_lock_and_every_version_is_pinned() -> N
         pins = dict(line.split("==") for line in lines if not line.startswith("#"))
         assert pins["torch"] == locked["torch"]
         assert pins["trl"].startswith(environment.removeprefix("trl-"))
+    served = (ROOT / "bench/peers" / f"{serve.PEERS}.txt").read_text()
+    assert f"torch=={locked['torch']}\n" in served
+    assert f"transformers[serving]=={locked['transformers']}\n" in served
+
+
+def test_the_figures_of_the_server_and_whether_they_are_met() -> None:
+    def server(rate: float, **more: Any) -> dict[str, Any]:
+        times = {"p50": 1.0, "p95": 2.0, "p99": 3.0}
+        found = {"tokens_per_second": rate, "lost": 0, "requests": 4, "seconds": times, "first_token_seconds": times}
+        return {"streams": found, **more}
+
+    def measured(four_bit: float, ours: float, direct: float) -> dict[str, Any]:
+        rates = {
+            "4-bit, ours": {"alone": four_bit, "together": 90.0},
+            "bf16, generate": {"alone": 10.0, "together": 100.0},
+        }
+        theirs = {"transformers serve": server(40), "transformers serve, batching": server(20)}
+        own = server(ours, alone={"tokens_per_second": 20.0})
+        tokens = {"served": [0.110, 0.130, 0.150], "direct": [direct, direct, direct]}
+        return {"load_before": 1.0, "decode": rates, "servers": {"ours": own, **theirs}, "first_token": tokens}
+
+    results = {
+        "machine": {"cpu": "a processor", "cores": 2},
+        "finished": "today",
+        "amount": {"clients": 64},
+        "rounds": [measured(12, 100, 0.12), measured(9, 50, 0.10), measured(11, 90, 0.11)],
+        "soak": {**server(50)["streams"], "requests": 1000, "lost": 1, "rss_before": 200, "rss_after": 220},
+    }
+    # Medians by hand: 12, 9, 11 over 10; 100, 50, 90 over 20; 130 ms less 120, 100, 110; over 40, the better peer.
+    found = [(statistics.median(values), met) for _, values, _, _, met in serve.figures(results)]
+    assert [value for value, _ in found] == pytest.approx([1.1, 0.9, 4.5, 20, 1, 1.1, 2.25])
+    assert [met for _, met in found] == [True, False, True, False, False, False, True]
+    table = serve.markdown(results)
+    assert "| 16 streams over one: tokens/s | 4.5x (2.5 to 5) | ≥ 4x | yes |" in table
+    assert "| ours, 64 clients, 1000 requests | 50 | 1.00 / 2.00 s | 1.00 / 2.00 / 3.00 s | 1 |" in table
+
+
+def test_percentiles() -> None:
+    assert serve.percentiles([float(number) for number in range(100, 0, -1)]) == {"p50": 51, "p95": 96, "p99": 100}
+    assert serve.percentiles([7.0]) == {"p50": 7, "p95": 7, "p99": 7}
+
+
+def test_lines_of_a_stream() -> None:
+    assert choices_of('data: {"choices": [{"delta": {"content": "a"}}]}') == [{"delta": {"content": "a"}}]
+    for line in ("", "data: [DONE]", ": comment", 'data: {"error": {}}', "event: x"):
+        assert choices_of(line) == []
 
 
 def test_processes_are_compared_within_a_round_and_the_slowest_counts() -> None:

@@ -10,13 +10,14 @@ from functools import partial
 
 import torch
 
+from chatloom.errors import InputError
 from chatloom.models.generation import draw_seeds
 from chatloom.models.sampling import Sampling
 from chatloom.serving.batches import Request, Token
 from chatloom.serving.errors import RequestError
 from chatloom.serving.logits import Logprobs
 from chatloom.serving.options import Options
-from chatloom.serving.prompts import Prompts
+from chatloom.serving.prompts import ContextLengthError, Prompts
 from chatloom.serving.records import Record
 from chatloom.serving.schema import ChatRequest, CompletionRequest
 from chatloom.serving.served import Served
@@ -88,8 +89,8 @@ class Call:
             Busy: where there is no room.
         """
         prompts, scheduler = self.served.model.prompts, self.served.scheduler
-        _refuse_words(self._words, self.body)
-        # Tokenising a long conversation takes a while: not on the event loop.
+        # Reading a long conversation takes a while: not on the event loop.
+        await asyncio.to_thread(refuse_words, self._words, self.body)
         requests = await asyncio.to_thread(make_requests, self.body, prompts, self._options)
         if len(requests) > scheduler.capacity:
             raise RequestError(f"n and prompt ask for {len(requests)} answers: {scheduler.capacity} at most", "n")
@@ -166,9 +167,14 @@ def make_requests(body: AnyRequest, prompts: Prompts, options: Options) -> list[
     if asked is not None and most is not None and asked > most:
         raise RequestError(f"max_tokens = {asked}: this server gives {most} at most", "max_tokens")
     generator = None if body.seed is None else torch.Generator().manual_seed(body.seed)
+    try:
+        encoded = body.encode(prompts, drop_oldest=options.overflow == "drop-oldest")
+        rooms = [prompts.room(prompt_ids, asked, default=body.default_tokens) for prompt_ids in encoded]
+    except InputError as error:
+        code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
+        raise RequestError(str(error), body.subject, code=code) from error
     requests = []
-    for prompt_ids in body.encode(prompts, drop_oldest=options.overflow == "drop-oldest"):
-        room = prompts.room(prompt_ids, asked, default=body.default_tokens)
+    for prompt_ids, room in zip(encoded, rooms, strict=True):
         sampling = Sampling(
             max_new_tokens=room if most is None else min(room, most),
             temperature=1.0 if body.temperature is None else body.temperature,
@@ -181,7 +187,11 @@ def make_requests(body: AnyRequest, prompts: Prompts, options: Options) -> list[
     return requests
 
 
-def _refuse_words(words: WordList | None, body: AnyRequest) -> None:
+def refuse_words(words: WordList | None, body: AnyRequest) -> None:
+    """
+    Raises:
+        RequestError: where the request has a word of the list, or would be told one.
+    """
     if words is None:
         return
     if body.num_logprobs is not None:

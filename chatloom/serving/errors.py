@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -13,7 +12,6 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from chatloom.errors import InputError
-from chatloom.serving.prompts import ContextLengthError
 from chatloom.serving.scheduler import Busy, EngineFailure, Stopped
 
 
@@ -38,22 +36,29 @@ class RequestError(InputError):
         self.param, self.status, self.code = param, status, code
 
 
-def error_body(
-    message: str, *, param: str | None = None, code: str | None = None, kind: str = "invalid_request_error"
-) -> str:
+def error_body(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> str:
     # Plain ASCII: the request's own words may be in it, half a surrogate pair among them.
     return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}})
 
 
-def error_response(status: int, message: str, *, headers: Mapping[str, str] | None = None, **detail: Any) -> Response:
-    return Response(error_body(message, **detail), status, headers, media_type="application/json")
+def error_response(
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    kind: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    kind = kind or ("invalid_request_error" if status < 500 else "server_error")
+    return Response(error_body(message, kind, param=param, code=code), status, headers, media_type="application/json")
 
 
 def failure_body(failure: EngineFailure | Stopped) -> str:
     """For a stream, whose status is out already."""
     if isinstance(failure, Stopped):
-        return error_body(str(failure), kind="server_error", code="server_stopping")
-    return error_body(f"{failure}; the server's log says why", kind="server_error")
+        return error_body(str(failure), "server_error", code="server_stopping")
+    return error_body(f"{failure}; the server's log says why", "server_error")
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -71,8 +76,7 @@ def add_error_handlers(app: FastAPI) -> None:
     async def refused(_: Request, error: InputError) -> Response:
         if isinstance(error, RequestError):
             return error_response(error.status, str(error), param=error.param, code=error.code)
-        code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
-        return error_response(400, str(error), param="messages", code=code)
+        return error_response(400, str(error))
 
     @app.exception_handler(Busy)
     async def busy(_: Request, error: Busy) -> Response:
@@ -95,7 +99,7 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def bug(_: Request, error: Exception) -> Response:
         # The traceback goes to the log, not to the client.
-        return error_response(500, "the server failed; its log says why", kind="server_error")
+        return error_response(500, "the server failed; its log says why")
 
 
 def _dotted(location: tuple[int | str, ...]) -> str | None:

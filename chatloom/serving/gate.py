@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -53,12 +54,14 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        deadline = time.monotonic() + self._seconds
         announced = Headers(scope=scope).get("content-length", "0")
         if announced.isdecimal() and int(announced) > self._max_bytes:
+            await _drain(receive, deadline)
             refusal = error_response(413, self._too_large(), code="request_too_large")
             await refusal(scope, receive, send)
             return
-        received, complete, deadline = 0, False, time.monotonic() + self._seconds
+        received, complete = 0, False
 
         async def limited() -> Message:
             nonlocal received, complete
@@ -70,12 +73,22 @@ class BodyLimit:
             except TimeoutError as error:
                 raise HTTPException(408, f"the body did not come within {self._seconds:g} s") from error
             received += len(message.get("body", b""))
-            if received > self._max_bytes:
-                raise HTTPException(413, self._too_large())
             complete = not message.get("more_body", False)
+            if received > self._max_bytes:
+                if not complete:
+                    await _drain(receive, deadline)
+                raise HTTPException(413, self._too_large())
             return message
 
         await self._app(scope, limited, send)
 
     def _too_large(self) -> str:
         return f"the body has more than {self._max_bytes} bytes: shorten it"
+
+
+async def _drain(receive: Receive, deadline: float) -> None:
+    """Take what still comes and keep nothing: a client that is not listened to never reads why it was refused."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(deadline - time.monotonic()):
+            while (await receive()).get("more_body", False):
+                pass

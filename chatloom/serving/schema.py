@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
 
 from chatloom.serving.errors import RequestError
 from chatloom.serving.logits import Penalties
@@ -47,7 +56,7 @@ class RequestMessage(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_as_text)]
+    content: Annotated[str, BeforeValidator(_as_text, json_schema_input_type=str | list[dict[str, str]])]
 
 
 class StreamOptions(BaseModel):
@@ -112,6 +121,7 @@ class ChatRequest(Settings):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
     default_tokens: ClassVar[int] = DEFAULT_MAX_NEW_TOKENS
+    subject: ClassVar[str] = "messages"
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -141,22 +151,34 @@ class ChatRequest(Settings):
         return [prompts.encode_latest(messages, self.asked_tokens) if drop_oldest else prompts.encode(messages)]
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+def _as_prompts(prompt: object) -> object:
+    """One text, or the token ids of one, as a list of one."""
+    match prompt:
+        case str() | [int(), *_]:
+            return [prompt]
+        case _:
+            return prompt
+
+
+Text = Annotated[str, StringConstraints(min_length=1), Tag("text")]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), Tag("ids")]
+Prompt = Annotated[Text | TokenIds, Discriminator(lambda prompt: "ids" if isinstance(prompt, list) else "text")]
 
 
 class CompletionRequest(Settings):
     """Body of POST /v1/completions: texts that the model goes on from, without its chat template."""
 
-    prompt: (
-        Annotated[str, StringConstraints(min_length=1)]
-        | Annotated[list[Annotated[str, StringConstraints(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
-    )
+    prompt: Annotated[
+        list[Prompt],
+        Field(min_length=1, max_length=MAX_PROMPTS),
+        BeforeValidator(_as_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+    ]
     max_tokens: Count | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
     default_tokens: ClassVar[int] = 16
+    subject: ClassVar[str] = "prompt"
+    """The parameter at fault where the text is."""
 
     @property
     def asked_tokens(self) -> int | None:
@@ -168,23 +190,14 @@ class CompletionRequest(Settings):
 
     @property
     def texts(self) -> Sequence[str]:
-        return [prompt for prompt in self._prompts() if isinstance(prompt, str)]
+        return [prompt for prompt in self.prompt if isinstance(prompt, str)]
 
     def encode(self, prompts: Prompts, *, drop_oldest: bool) -> list[list[int]]:
         """A text has no turns that could be left out: `drop_oldest` is for conversations."""
         return [
             prompts.encode_text(prompt) if isinstance(prompt, str) else prompts.check_ids(prompt)
-            for prompt in self._prompts()
+            for prompt in self.prompt
         ]
-
-    def _prompts(self) -> list[str] | list[list[int]]:
-        match self.prompt:
-            case str(text):
-                return [text]
-            case [int(), *_] as ids:
-                return [ids]
-            case prompts:
-                return prompts
 
 
 def refuse_unsupported(request: Settings) -> None:

@@ -373,6 +373,7 @@ def test_completions(client: openai.OpenAI, parrot: Engine) -> None:
         ({"prompt": [-1]}, "greater than or equal to 0"),
         ({"prompt": {"a": 1}}, "valid"),
         ({"prompt": "x " * 1500}, "context is 2048"),
+        ({"prompt": ["a"] * 17}, "at most 16 items"),
         ({"echo": True}, "echo is not supported"),
         ({"max_tokens": 10**9}, "ask for at most"),
         ({"logprobs": 6}, "less than or equal to 5"),

@@ -119,9 +119,12 @@ def test_a_client_that_sends_slowly(address: str) -> None:
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             b"Content-Length: 100\r\n\r\n{"
         )
-        head = connection.recv(4096)  # after a second: the rest never comes
-    assert head.startswith(b"HTTP/1.1 408")
-    assert b'"error"' in head
+        received = b""
+        while b'"error"' not in received:  # after a second: the rest of the body never comes
+            part = connection.recv(4096)
+            assert part, received
+            received += part
+    assert received.startswith(b"HTTP/1.1 408")
 
 
 def test_a_client_that_reads_slowly(address: str) -> None:
@@ -145,13 +148,10 @@ def test_words_that_are_filtered(address: str) -> None:
     done = httpx.post(f"{address}{CHAT}", json=BASE, timeout=30).json()["choices"][0]
     assert (done["message"]["content"], done["finish_reason"]) == ("你好，世界！", "content_filter")
     stream = httpx.post(f"{address}{CHAT}", json=BASE | {"messages": COUNT, "stream": True}, timeout=30).text
-    assert "one" in stream.replace('"}', "").replace("\n", "")
-    assert "th" not in "".join(
-        choice["delta"].get("content", "")
-        for line in stream.splitlines()
-        if line.startswith("data: {")
-        for choice in json.loads(line.removeprefix("data: "))["choices"]
-    )
+    chunks = [json.loads(line.removeprefix("data: ")) for line in stream.splitlines() if line.startswith("data: {")]
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    assert "".join(choice["delta"].get("content", "") for choice in choices) == "one two "
+    assert choices[-1]["finish_reason"] == "content_filter"
     asked = BASE | {"messages": [{"role": "user", "content": "say the NEXT secret"}]}
     response = httpx.post(f"{address}{CHAT}", json=asked, timeout=30)
     assert response.status_code == 400

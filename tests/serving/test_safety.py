@@ -151,7 +151,7 @@ def test_metrics(parrot: Engine) -> None:
         usage = httpx.post(f"{address}{CHAT}", json=BASE, timeout=30).json()["usage"]
         httpx.post(f"{address}{CHAT}", json=BASE | {"n": 0}, timeout=30)
         httpx.get(f"{address}/v1/models/tiny", timeout=30)
-        httpx.request("BREW", f"{address}/coffee", timeout=30)
+        httpx.request("PROPFIND", f"{address}/coffee", timeout=30)
         response = httpx.get(f"{address}/metrics", timeout=30)
     assert response.headers["content-type"].startswith("text/plain")
     found = dict(line.rsplit(" ", 1) for line in response.text.splitlines() if not line.startswith("#"))
