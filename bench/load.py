@@ -42,7 +42,8 @@ def load(address: str, model: str, prompts: Sequence[str], clients: int, max_tok
 
 
 async def _load(address: str, model: str, prompts: Sequence[str], clients: int, max_tokens: int) -> Loaded:
-    waiting, replies = list(reversed(prompts)), []
+    waiting = list(reversed(prompts))
+    replies: list[Reply] = []
     limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
     async with httpx.AsyncClient(timeout=PATIENCE, limits=limits) as http:
 

@@ -56,7 +56,9 @@ def main() -> None:
 
 
 async def _measure(engine: Engine, batch: NativeBatch, prompts: list[str], address: str) -> Seen:
-    url, direct, served = f"{address}/v1/chat/completions", [], []
+    url = f"{address}/v1/chat/completions"
+    direct: list[float] = []
+    served: list[float] = []
     async with httpx.AsyncClient(timeout=60) as http:
         for number, prompt in enumerate([*prompts[:2], *prompts]):  # the first two warm up
             body = {

@@ -71,6 +71,7 @@ def create_app(
         InputError: where the model fails its self-check, or a file that `options` name cannot be read.
     """
     options = options or Options()
+    dropping = replace(options, overflow="drop-oldest")
     loaded = native_model(model, options) if isinstance(model, Engine) else model
     slot = Slot(make_served(loaded, name, version, lineage, options))
     metrics = Metrics(slot)
@@ -165,7 +166,6 @@ def create_app(
         call = await begin(body.as_chat(slot.current.name), request, dropping)
         return EventStream(call, generate_events(call))
 
-    dropping = replace(options, overflow="drop-oldest")
     return app
 
 
