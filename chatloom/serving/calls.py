@@ -90,7 +90,8 @@ class Call:
         """
         prompts, scheduler = self.served.model.prompts, self.served.scheduler
         # Reading a long conversation takes a while: not on the event loop.
-        await asyncio.to_thread(refuse_words, self._words, self.body)
+        if self._words is not None:
+            await asyncio.to_thread(refuse_words, self._words, self.body)
         requests = await asyncio.to_thread(make_requests, self.body, prompts, self._options)
         if len(requests) > scheduler.capacity:
             raise RequestError(f"n and prompt ask for {len(requests)} answers: {scheduler.capacity} at most", "n")
@@ -187,13 +188,11 @@ def make_requests(body: AnyRequest, prompts: Prompts, options: Options) -> list[
     return requests
 
 
-def refuse_words(words: WordList | None, body: AnyRequest) -> None:
+def refuse_words(words: WordList, body: AnyRequest) -> None:
     """
     Raises:
         RequestError: where the request has a word of the list, or would be told one.
     """
-    if words is None:
-        return
     if body.num_logprobs is not None:
         raise RequestError("logprobs would tell words that this server filters: leave them out", "logprobs")
     if any(words.find(text) is not None for text in body.texts):

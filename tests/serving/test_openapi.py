@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,17 +15,16 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from chatloom.serving.api import create_app
 from chatloom.serving.engine import Engine
-from tests.serving.server import LINEAGE
+from tests.serving.server import serving
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
 
 @pytest.fixture(scope="module")
-def document(parrot: Engine) -> Any:
-    app = create_app(parrot, "tiny", LINEAGE, version="3")
-    return schemathesis.openapi.from_asgi("/openapi.json", app)
+def document(parrot: Engine) -> Iterator[Any]:
+    with serving(parrot) as address:
+        yield schemathesis.openapi.from_url(f"{address}/openapi.json")
 
 
 schema = schemathesis.pytest.from_fixture("document")
