@@ -345,8 +345,10 @@ def test_penalties(endless: str) -> None:
         {"extra_body": {"repetition_penalty": 5.0}},
     ]
     asked: Any = {"model": "tiny", "messages": COUNT, "temperature": 0, "max_tokens": 60}
-    texts = [client.chat.completions.create(**asked, **each).choices[0].message.content for each in penalties]
-    assert len(set(texts)) == 4
+    plain, *penalized = [
+        client.chat.completions.create(**asked, **each).choices[0].message.content for each in penalties
+    ]
+    assert plain not in penalized
 
 
 def test_completions(client: openai.OpenAI, parrot: Engine) -> None:
