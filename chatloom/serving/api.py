@@ -159,7 +159,7 @@ def create_app(
     @app.post(
         "/generate/stream",
         responses={200: {"content": {"text/event-stream": {}}}, **ERRORS},
-        response_class=EventStream,
+        response_class=Response,
     )
     async def generate_stream(body: GenerationRequest, request: Request) -> Response:
         """ColossalChat's: events `generate`, then `end`."""

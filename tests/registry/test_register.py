@@ -199,7 +199,7 @@ def test_predict_with_earlier_turns(versions: tuple[Registered, Registered], che
     ]
     text = answered["output"][0]["content"][0]["text"]
     messages = [("system", "Be brief."), ("user", "你好"), ("assistant", text), ("user", "more")]
-    prompt = Engine(checkpoint).encode([Message(*message) for message in messages])
+    prompt = Engine(checkpoint).prompts.encode([Message(*message) for message in messages])
     assert model.predict(QUESTION | {"input": turns})["usage"]["input_tokens"] == len(prompt)
 
 

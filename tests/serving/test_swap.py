@@ -50,7 +50,7 @@ def damaged(source: Path, folder: Path, harm: Callable[[Path], object]) -> Path:
 
 def flip_a_byte(file: Path) -> None:
     content = bytearray(file.read_bytes())
-    content[-1] ^= 0x40
+    content[-2] ^= 0x01  # of a fraction: the model answers as before, and only a hash can tell
     file.write_bytes(content)
 
 
