@@ -6,7 +6,6 @@ A line holds the prompt and the answers that were ranked, so that rankings outli
 from __future__ import annotations
 
 import json
-import os
 import re
 import unicodedata
 from collections import defaultdict
@@ -21,6 +20,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from chatloom.data.prepared import Message
 from chatloom.errors import InputError
+from chatloom.files import append_line
 
 CANDIDATES = "candidates.jsonl"
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -119,28 +119,7 @@ def parse_rankings(text: str, name: str) -> list[Ranking]:
 
 def append_ranking(folder: Path, ranking: Ranking) -> None:
     """Add a line to the annotator's file; it is on the disk when this returns."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{file_stem(ranking.annotator)}.jsonl"
-    with path.open("ab+") as file:
-        file.seek(0)
-        written = file.read()
-        last = written[written.rfind(b"\n") + 1 :]
-        if last and _is_json(last):
-            file.write(b"\n")
-        elif last:
-            # Cut in the middle by a crash, and so never confirmed: it must not swallow this one.
-            file.truncate(len(written) - len(last))
-        file.write(_line(ranking).encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _is_json(text: bytes) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
+    append_line(folder / f"{file_stem(ranking.annotator)}.jsonl", asdict(ranking))
 
 
 def file_stem(annotator: str) -> str:

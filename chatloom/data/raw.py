@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from chatloom.config import DataSource, Format, RawDataParams
 from chatloom.data.drops import Drops, RowFault
+from chatloom.data.feedback import learn
 from chatloom.data.schemas import (
     ACCEPTED,
     Fields,
@@ -267,7 +268,8 @@ def _converted(
     items = file.read()
     report, looked_at = _begin(file, source, items)
     reports.append(report)
-    for line, fields in chain(looked_at, items):
+    rows = chain(looked_at, items)
+    for line, fields in learn(rows) if report.format == "feedback" else rows:
         try:
             if isinstance(fields, RowFault):
                 raise fields

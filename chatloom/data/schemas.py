@@ -28,6 +28,7 @@ ACCEPTED: dict[Format, str] = {
     "ranked": '{"prompt"|"messages", "responses": [best, ..., worst]}',
     "prompt": '{"instruction"|"prompt"}',
     "text": "plain text, one prompt a line (.txt)",
+    "feedback": '{"rating", "answer", "messages", "response", "other"?}, what the chat page keeps',
 }
 """What a row of each format looks like, for messages to people."""
 
@@ -45,6 +46,7 @@ KEYS_READ: dict[Format, set[str]] = {
     "ranked": {*CONTEXT_KEYS, "input", "responses"},
     "prompt": {*CONTEXT_KEYS, "input"},
     "text": {"text"},
+    "feedback": {"rating", "answer", "messages", "response", "other", "annotator"},
 }
 ROW_KEYS = {"id", "lang"}
 """Keys every format may have."""
@@ -146,6 +148,8 @@ def _format_of(fields: Fields) -> Format | None:
         if keys & set(CONTEXT_KEYS) or isinstance(fields["chosen"], list):
             return "preference"
         return "hh" if _is_transcript(fields["chosen"]) else None
+    if {"rating", "answer", "response"} <= keys:
+        return "feedback"
     if "responses" in keys:
         return "ranked"
     if "conversations" in keys:
@@ -216,6 +220,8 @@ _CONVERTERS: dict[Format, Callable[[Fields], Conversation]] = {
     "ranked": _ranked,
     "prompt": _prompt,
     "text": _plain,
+    # A file of it was made into such rows as a whole: one says what another is worth.
+    "feedback": _ranked,
 }
 
 

@@ -18,6 +18,7 @@ from chatloom.serving.calls import AnyRequest, Call
 from chatloom.serving.colossalchat import GenerationRequest, generate_events
 from chatloom.serving.engine import Engine
 from chatloom.serving.errors import ErrorBody, RequestError, add_error_handlers
+from chatloom.serving.feedback import add_feedback
 from chatloom.serving.gate import BodyLimit, KeyGate
 from chatloom.serving.keys import KeyRing
 from chatloom.serving.loading import make_served, native_model
@@ -27,6 +28,7 @@ from chatloom.serving.records import Audit, Recorded
 from chatloom.serving.schema import ChatRequest, CompletionRequest, refuse_unsupported
 from chatloom.serving.served import Model, Served, Slot
 from chatloom.serving.swap import Watcher
+from chatloom.serving.web import add_page
 from chatloom.serving.wire import ChatFormat, TextFormat, head_of
 from chatloom.serving.words import read_words
 
@@ -166,6 +168,9 @@ def create_app(
         call = await begin(body.as_chat(slot.current.name), request, dropping)
         return EventStream(call, generate_events(call))
 
+    add_page(app)
+    if options.feedback is not None:
+        add_feedback(app, options.feedback)
     return app
 
 

@@ -85,8 +85,11 @@ def serve(
     audit_bodies: Annotated[
         bool, typer.Option("--audit-bodies", help="Messages and answers too.", rich_help_panel=SAFETY)
     ] = DEFAULT.audit_bodies,
+    feedback: Annotated[
+        Path, typer.Option(help="Folder for what people say of answers on the page; raw_data can read it.")
+    ] = Path("data/own/feedback"),
 ) -> None:
-    """Serve a model over OpenAI's API; a version by its alias is swapped when the alias moves."""
+    """Serve a model: OpenAI's API and a page to talk to it; a version by its alias is swapped when the alias moves."""
     options = Options(
         engine=engine,
         gpu_memory_utilization=gpu_memory,
@@ -103,6 +106,7 @@ def serve(
         audit=audit,
         audit_bodies=audit_bodies,
         watch_seconds=watch,
+        feedback=feedback,
     )
     # GPTQModel writes its banner to stdout.
     with input_errors(), redirect_stdout(sys.stderr):

@@ -42,3 +42,5 @@ class Options:
     """Whether messages and answers are written there too."""
     watch_seconds: float = 10.0
     """How often the registry is asked whether the alias has moved; 0 never asks."""
+    feedback: Path | None = None
+    """Folder for what people say of answers on the page; None keeps nothing."""

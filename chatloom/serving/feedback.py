@@ -1,0 +1,100 @@
+"""`POST /v1/feedback`: what people say of answers, kept as lines that `raw_data` reads (see `chatloom.data.feedback`)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from fastapi import FastAPI, Request
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from chatloom.data.feedback import COMPARED, Rating
+from chatloom.files import append_line
+from chatloom.serving.errors import RequestError
+
+log = logging.getLogger(__name__)
+
+FILE = "feedback.jsonl"
+"""What people said of any version: a line names its own."""
+
+
+def _is_unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a character
+        raise ValueError(f"half a character at position {error.start}") from error
+    return text
+
+
+Text = Annotated[str, StringConstraints(max_length=200_000), AfterValidator(_is_unicode)]
+Words = Annotated[Text, StringConstraints(pattern=r"\S")]
+Label = Annotated[Text, StringConstraints(min_length=1, max_length=300)]
+
+
+class Turn(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["system", "user", "assistant"]
+    content: Words
+
+
+class OtherAnswer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    answer: Label
+    response: Words
+    model: Label
+
+
+class Feedback(BaseModel):
+    """Body of POST /v1/feedback: one answer, or two to the same prompt, and what somebody says of them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rating: Rating
+    """A thumb `up` or `down`; `better` than `other`, or a `tie`; `none` takes back what was said."""
+    answer: Label
+    """The `id` that the server gave the answer."""
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=1000)]
+    """The conversation up to the answer, as it was sent."""
+    response: Words
+    model: Label
+    """The `system_fingerprint` of the answer: name and version of the model that gave it."""
+    other: OtherAnswer | None = None
+    comment: Annotated[Text, StringConstraints(max_length=4000, strip_whitespace=True)] = ""
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if self.messages[-1].role != "user":
+            raise ValueError("messages has to end with the user's turn that was answered")
+        if self.rating in COMPARED and self.other is None:
+            raise ValueError(f"rating {self.rating} needs the other answer")
+        if self.rating in ("up", "down") and self.other is not None:
+            raise ValueError(f"rating {self.rating} is of one answer: leave other out")
+        if self.other is not None and self.other.answer == self.answer:
+            raise ValueError("other is the same answer")
+        return self
+
+
+def add_feedback(app: FastAPI, folder: Path, annotator: Callable[[Request], str | None] = lambda _: None) -> None:
+    """Add the route; what is said goes to `folder`.
+
+    Args:
+        annotator: who says it: the name of the API key, None where there is none.
+    """
+    path = folder / FILE
+
+    @app.post("/v1/feedback", status_code=201)
+    def feedback(said: Feedback, request: Request) -> dict[str, str]:
+        at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = {**said.model_dump(exclude_none=True), "annotator": annotator(request), "at": at}
+        try:
+            append_line(path, line)
+        except OSError as error:
+            log.error("%s: what somebody said of an answer is lost: %s", path, error)
+            reason = error.strerror or type(error).__name__
+            raise RequestError(f"the feedback could not be kept: {reason}", status=503, code="not_kept") from error
+        return {"object": "feedback", "answer": said.answer, "rating": said.rating, "at": at}
