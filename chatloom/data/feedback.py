@@ -1,8 +1,8 @@
 """What people said of answers on the chat page, as rows to learn from.
 
-The page's server writes a line for everything said: a thumb `up` or `down`, one answer `better` than an `other`, a `tie`
-of the two, or `none`, which takes back what was said. Lines are only ever added, and a row depends on the lines before
-it, but for one that was taken back: what is said tomorrow leaves the rows of today as they are.
+The page's server writes a line for everything said: a thumb `up` or `down`, one answer `better` than an `other`, a
+`tie` of the two, or `none`, which takes back what was said. Lines are only ever added, and a row depends on the lines
+before it and on whether it was taken back: what else is said tomorrow leaves the rows of today as they are.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`POST /v1/feedback`: what people say of answers, kept as lines that `raw_data` reads (see `chatloom.data.feedback`)."""
+"""`POST /v1/feedback`: what people say of answers, as lines that `raw_data` reads (see `chatloom.data.feedback`)."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +13,10 @@ import uvicorn
 
 from chatloom.data.rankings import read_rankings
 from chatloom.ranking.app import create_app
+from tests.chromium import open_browser
 from tests.ranking.test_app import CANDIDATES
 
 pytestmark = pytest.mark.smoke
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
 
 
 @pytest.fixture
@@ -41,13 +38,8 @@ def address(tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture
 def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with open_browser() as opened:
         yield opened
-        opened.close()
 
 
 def test_two_people_rank_and_export(address: str, browser: Any, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ const WORDS = {
     errors: {
       key: "This server wants an API key",
       busy: "The server is busy with other conversations",
-      loading: "The server is loading a model",
+      loading: "The server is starting or changing its model",
       long: "The conversation is too long for this model",
       gone: "The server has another model by now",
       refused: "The server did not take the request",
@@ -211,7 +211,7 @@ const WORDS = {
     errors: {
       key: "这台服务器需要 API 密钥",
       busy: "服务器正忙于其他对话",
-      loading: "服务器正在加载模型",
+      loading: "服务器正在启动或更换模型",
       long: "对话超出了这个模型的长度",
       gone: "服务器已换用其他模型",
       refused: "服务器没有接受这个请求",
