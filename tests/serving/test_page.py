@@ -35,6 +35,7 @@ LINEAGE = {
     "data.sources": json.dumps([{"name": "starter", "from": "data/starter/*.jsonl", "license": "Apache-2.0"}]),
     "gates": json.dumps([GATE]),
 }
+GREEDY = """try { localStorage["chatloom/settings"] ??= '{"temperature": 0}'; } catch { /* no page yet */ }"""
 COUNTED = "one two three four five six"
 Open = Callable[..., Any]
 
@@ -84,6 +85,7 @@ def open_page(address: str, browser: Any) -> Iterator[Open]:
     def run(url: str = address, *, go: bool = True, **options: Any) -> Any:
         context = browser.new_context(**{"locale": "en-GB", "viewport": {"width": 1280, "height": 800}, **options})
         context.set_default_timeout(20_000)
+        context.add_init_script(GREEDY)
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: problems.append(str(error)))
@@ -96,7 +98,8 @@ def open_page(address: str, browser: Any) -> Iterator[Open]:
     yield run
     for context in contexts:
         context.close()
-    assert [problem for problem in problems if "Failed to load resource" not in problem] == []
+    expected = ("Failed to load resource", "requires 'TrustedHTML'")
+    assert [problem for problem in problems if not any(part in problem for part in expected)] == []
 
 
 def ask(page: Any, text: str) -> Any:
@@ -185,7 +188,7 @@ def test_turns_are_sent_and_an_edited_one_replaces_what_followed(open_page: Open
     # The Enter by which an input method takes its characters sends nothing.
     page.locator("#prompt").dispatch_event("keydown", {"key": "Enter", "isComposing": True})
     page.locator("#prompt").press("Enter")
-    page.get_by_text("Answer 0.").wait_for()
+    page.locator("#thread").get_by_text("Answer 0.").wait_for()
     ask(page, "two")
     system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "one\nmore"}
     assert requests[1]["messages"] == [
@@ -200,21 +203,24 @@ def test_turns_are_sent_and_an_edited_one_replaces_what_followed(open_page: Open
     page.locator(".turn.user").first.get_by_role("button", name="Edit").click()
     page.locator(".editor textarea").fill("three")
     page.get_by_role("button", name="Send again").click()
-    page.get_by_text("Answer 2.").wait_for()
+    page.locator("#thread").get_by_text("Answer 2.").wait_for()
     assert page.locator(".bubble").all_text_contents() == ["three"]
     assert requests[2]["messages"] == [system, {"role": "user", "content": "three"}]
 
     page.get_by_role("button", name="Another answer").click()
-    page.get_by_text("Answer 3.").wait_for()
+    page.locator("#thread").get_by_text("Answer 3.").wait_for()
     assert (requests[3]["messages"], requests[3]["seed"]) == (requests[2]["messages"], 8)
 
 
 def test_stop_frees_the_server(babbler: Engine, open_page: Open, tmp_path: Path) -> None:
     with serving(babbler, tmp_path) as url:
         page = open_page(url)
+        page.get_by_role("button", name="Settings").first.click()
+        page.get_by_label("Longest answer, in tokens").fill("90000")
+        page.keyboard.press("Escape")
         page.locator("#prompt").fill("count")
         page.get_by_role("button", name="Send").click()
-        page.locator(".turn.streaming .body p").wait_for()
+        page.locator(".turn.streaming .body > *").first.wait_for()
         page.get_by_role("button", name="Stop").click()
         page.locator(".turn.stopped .figures", has_text="stopped").wait_for()
         # Half an answer is not rated, and the server has gone on.
@@ -539,7 +545,7 @@ def test_busy_server_says_how_long(open_page: Open) -> None:
     answer.get_by_text("16 requests wait already").wait_for()
     assert answer.get_by_role("button", name="Try again in").is_disabled()
     answer.get_by_role("button", name="Try again", exact=True).click()
-    page.get_by_text("Now.").wait_for()
+    page.locator("#thread").get_by_text("Now.").wait_for()
     assert page.locator(".problem, .variant").count() == 0
 
 
@@ -568,7 +574,7 @@ def test_server_that_wants_a_key_gets_it(open_page: Open, address: str) -> None:
     ask(page, "one").get_by_role("button", name="Enter the key").click()
     page.get_by_label("API key").fill("cl-better")
     page.keyboard.press("Escape")
-    page.get_by_text("Welcome.").wait_for()
+    page.locator("#thread").get_by_text("Welcome.").wait_for()
     assert [request["headers"]["authorization"] for request in requests] == ["Bearer cl-secret", "Bearer cl-better"]
 
 
@@ -593,7 +599,7 @@ def test_errors_are_said_and_tried_again(open_page: Open, body: Any, shown: str,
     answer.get_by_text(shown).wait_for()
     assert answer.locator(".body").inner_text() == text
     answer.get_by_role("button", name="Try again").click()
-    page.get_by_text("Better.").wait_for()
+    page.locator("#thread").get_by_text("Better.").wait_for()
     ask(page, "two")
     assert [message["content"] for message in requests[2]["messages"]] == ["one", "Better.", "two"]
 
@@ -618,5 +624,5 @@ def test_page_is_whole_in_the_package(address: str) -> None:
         # Nothing from elsewhere; a namespace is no address.
         assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)\w", text), name
         assert httpx.get(f"{address}page/{name}").status_code == 200
-    assert httpx.get(f"{address}page/../web.py").status_code == 404
+    assert httpx.get(f"{address}page/%2e%2e/web.py").status_code == 404
     assert httpx.get(address).headers["x-content-type-options"] == "nosniff"

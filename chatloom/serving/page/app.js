@@ -307,15 +307,18 @@ const actions = {
   },
 };
 
-/** Whether the server has kept what was said. */
-async function kept(body) {
-  try {
-    await sendFeedback(settings.key, body);
-    return true;
-  } catch (error) {
-    toast(error.kind === "gone" ? say("noFeedback") : `${say("notKept")}: ${say(`errors.${error.kind}`)}`);
-    return false;
-  }
+let sending = Promise.resolve();
+
+/** Whether the server has kept what was said. One after the other: the last word is the one that counts. */
+function kept(body) {
+  sending = sending.then(() => sendFeedback(settings.key, body)).then(
+    () => true,
+    (error) => {
+      toast(error.kind === "gone" ? say("noFeedback") : `${say("notKept")}: ${say(`errors.${error.kind}`)}`);
+      return false;
+    },
+  );
+  return sending;
 }
 
 // --- what is around it -----------------------------------------------------------------------------------------------

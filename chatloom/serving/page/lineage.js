@@ -44,7 +44,7 @@ export function showLineage(container, model, copy) {
     container.replaceChildren(head, make("p", { class: "hint" }, say("unregistered")));
     return;
   }
-  container.replaceChildren(head, facts(lineage, copy), ...stages(lineage), ...data(lineage), ...gates(lineage), everything(lineage));
+  container.replaceChildren(head, facts(model, lineage, copy), ...stages(lineage), ...data(lineage), ...gates(lineage), everything(lineage));
 }
 
 function status({ status }) {
@@ -52,7 +52,7 @@ function status({ status }) {
   return make("span", { class: `badge ${status === "accepted" ? "good" : "bad"}` }, say(status));
 }
 
-function facts(lineage, copy) {
+function facts(model, lineage, copy) {
   const made = make("dl", { class: "facts" });
   const add = (name, value, extra = null) => {
     if (!value || value === NONE) return;
@@ -66,6 +66,7 @@ function facts(lineage, copy) {
   add("weights", lineage["dvc.model"]);
   add("preset", lineage["chatloom.preset"]);
   add("base", described(json(lineage, "base_model.source")));
+  add("context", model.context && say("tokens", model.context));
   return made;
 }
 
