@@ -338,7 +338,8 @@ def test_text_of_the_model_and_of_the_user_stays_text(open_page: Open, address: 
 MARKDOWN = """## Tea & *coffee*
 
 First line
-second line with **bold _and_ both**, ~~gone~~, `code **x**`, 2 * 3 * 4, snake_case_name, **你好**吗 and \\*stars\\*.
+second line with **bold _and_ both**, **a*b*c**, ~~gone~~, `code **x**`, 2 * 3 * 4, snake_case_name,
+**你好**吗 and \\*stars\\*.
 
 1. one
    - deep `a`
@@ -370,8 +371,8 @@ def test_markdown(open_page: Open) -> None:
     *blocks, code = body.evaluate(shape)
     assert blocks == [
         "h3(Tea & em(coffee))",
-        "p(First linebr()second line with strong(bold em(and) both), del(gone), code(code **x**), 2 * 3 * 4, "
-        "snake_case_name, strong(你好)吗 and *stars*.)",
+        "p(First linebr()second line with strong(bold em(and) both), strong(aem(b)c), del(gone), code(code **x**), "
+        "2 * 3 * 4, snake_case_name,br()strong(你好)吗 and *stars*.)",
         "ol(li(p(one)ul(li(deep code(a)ol(li(deeper)))))li(p(two)p(still two)))",
         "blockquote(p(quoted)ul(li(item)))",
         "div(table(thead(tr(th(a)th(b)))tbody(tr(td(1)td(x | y)))))",

@@ -321,12 +321,18 @@ function marks(text, at) {
   const inWord = mark === "_" && /\w/.test(before) && /\w/.test(after);
   return [
     end - at,
-    { mark, count: end - at, opens: !inWord && !/\s/.test(after), closes: !inWord && !/\s/.test(before) },
+    { mark, length: end - at, count: end - at, opens: !inWord && !/\s/.test(after), closes: !inWord && !/\s/.test(before) },
   ];
 }
 
 const isMarks = (piece) => piece.mark !== undefined;
 const literal = (piece) => (isMarks(piece) ? piece.mark.repeat(piece.count) : piece);
+
+/** Whether two runs may belong together. CommonMark's rule of three reads `**a*b*c**` as it is meant. */
+const pairs = (begin, end) =>
+  begin.mark === end.mark &&
+  begin.opens &&
+  !((begin.closes || end.opens) && (begin.length + end.length) % 3 === 0 && (begin.length % 3 !== 0 || end.length % 3 !== 0));
 
 /** Runs of marks that belong together as elements: each that closes takes the nearest that opens. */
 function emphasised(found) {
@@ -336,7 +342,7 @@ function emphasised(found) {
     while (end.count > 0) {
       const needed = end.mark === "~" ? 2 : 1;
       let open = close - 1;
-      while (open >= 0 && !(found[open].mark === end.mark && found[open].opens && found[open].count >= needed)) open--;
+      while (open >= 0 && !(pairs(found[open], end) && found[open].count >= needed)) open--;
       if (open < 0 || end.count < needed || open === close - 1) break;
       const begin = found[open];
       const count = Math.min(begin.count, end.count, 2);

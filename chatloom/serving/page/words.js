@@ -286,9 +286,9 @@ export function sayAll(root = document) {
   for (const element of root.querySelectorAll("[data-say-placeholder]")) element.placeholder = say(element.dataset.sayPlaceholder);
 }
 
-/** Name a button that shows a drawing only. */
+/** Name an element whose content does not: a button with a drawing, say, which also shows it on hover. */
 export function label(element, key) {
   element.dataset.sayLabel = key;
   element.setAttribute("aria-label", say(key));
-  element.title = say(key);
+  if (element.localName === "button") element.title = say(key);
 }
