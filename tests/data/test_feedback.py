@@ -96,7 +96,7 @@ def test_raw_data_reads_the_file(tmp_path: Path, ingested: Ingest, format: Forma
         said("down", "b"),
         said("up", "c", told),
         said("up", "d", COFFEE, response=" "),
-        said("down", "e", COFFEE),
+        said("down", "e", [*COFFEE, {"role": "assistant", "content": "Yes."}, *TEA]),
     ]
     assert detect_format(lines) == "feedback"
     path = write_jsonl(tmp_path / "feedback.jsonl", lines)
