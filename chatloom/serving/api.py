@@ -170,7 +170,7 @@ def create_app(
 
     add_page(app)
     if options.feedback is not None:
-        add_feedback(app, options.feedback)
+        add_feedback(app, options.feedback, ERRORS)
     return app
 
 

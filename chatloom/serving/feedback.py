@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from fastapi import FastAPI, Request
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -14,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from chatloom.data.feedback import COMPARED, Rating
 from chatloom.files import append_line
 from chatloom.serving.errors import RequestError
+from chatloom.serving.keys import Holder
 
 log = logging.getLogger(__name__)
 
@@ -79,18 +79,19 @@ class Feedback(BaseModel):
         return self
 
 
-def add_feedback(app: FastAPI, folder: Path, annotator: Callable[[Request], str | None] = lambda _: None) -> None:
+def add_feedback(app: FastAPI, folder: Path, responses: dict[int | str, dict[str, Any]]) -> None:
     """Add the route; what is said goes to `folder`.
 
     Args:
-        annotator: who says it: the name of the API key, None where there is none.
+        responses: what the OpenAPI document says of refusals.
     """
     path = folder / FILE
 
-    @app.post("/v1/feedback", status_code=201)
+    @app.post("/v1/feedback", status_code=201, responses=responses)
     def feedback(said: Feedback, request: Request) -> dict[str, str]:
+        """Keep what somebody says of an answer, or of two."""
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = {**said.model_dump(exclude_none=True), "annotator": annotator(request), "at": at}
+        line = {**said.model_dump(exclude_none=True), "annotator": _key_name(request), "at": at}
         try:
             append_line(path, line)
         except OSError as error:
@@ -98,3 +99,9 @@ def add_feedback(app: FastAPI, folder: Path, annotator: Callable[[Request], str 
             reason = error.strerror or type(error).__name__
             raise RequestError(f"the feedback could not be kept: {reason}", status=503, code="not_kept") from error
         return {"object": "feedback", "answer": said.answer, "rating": said.rating, "at": at}
+
+
+def _key_name(request: Request) -> str | None:
+    """Of the API key that the request came with; None where the server asks for none."""
+    holder: Holder | None = request.scope["state"].get("holder")
+    return holder.key.name if holder is not None else None

@@ -14,6 +14,8 @@ from fastapi.testclient import TestClient
 from chatloom.serving.api import create_app
 from chatloom.serving.engine import Engine
 from chatloom.serving.feedback import FILE
+from chatloom.serving.keys import add_key
+from chatloom.serving.options import Options
 
 SAID: dict[str, Any] = {
     "rating": "up",
@@ -28,7 +30,8 @@ OTHER = {"answer": "chatcmpl-0", "response": "Hi.", "model": "tiny/2"}
 
 @pytest.fixture
 def client(parrot: Engine, tmp_path: Path) -> TestClient:
-    return TestClient(create_app(parrot, "tiny", {}, feedback=tmp_path / "said"), raise_server_exceptions=False)
+    app = create_app(parrot, "tiny", {}, options=Options(feedback=tmp_path / "said"))
+    return TestClient(app, raise_server_exceptions=False)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -89,3 +92,13 @@ def test_full_disk_is_said_and_the_next_one_is_kept(
 
 def test_server_without_a_folder_keeps_nothing(parrot: Engine) -> None:
     assert TestClient(create_app(parrot, "tiny", {})).post("/v1/feedback", json=SAID).status_code == 404
+
+
+def test_key_is_who_said_it(parrot: Engine, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
+    secret = add_key(keys, "Ann", None, None)
+    client = TestClient(create_app(parrot, "tiny", {}, options=Options(feedback=tmp_path / "said", keys=keys)))
+    assert client.post("/v1/feedback", json=SAID).status_code == 401
+    assert client.get("/").status_code == client.get("/page/app.js").status_code == 200
+    client.post("/v1/feedback", json=SAID, headers={"Authorization": f"Bearer {secret}"}).raise_for_status()
+    assert [line["annotator"] for line in lines(tmp_path)] == ["Ann"]

@@ -18,6 +18,7 @@ import uvicorn
 from chatloom.data.raw import ingest, read_raw
 from chatloom.serving.api import create_app
 from chatloom.serving.engine import Engine
+from chatloom.serving.options import Options
 from tests.chromium import open_browser
 from tests.conftest import ROOT
 from tests.data.factories import raw_params, source
@@ -44,7 +45,7 @@ Open = Callable[..., Any]
 def serving(engine: Engine, feedback: Path) -> Iterator[str]:
     """Address of a server on a free port; a request waits in the socket until the server is up."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        app = create_app(engine, "tiny", LINEAGE, version="3", feedback=feedback)
+        app = create_app(engine, "tiny", LINEAGE, version="3", options=Options(feedback=feedback))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
