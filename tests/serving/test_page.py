@@ -588,6 +588,7 @@ def test_server_that_wants_a_key_gets_it(open_page: Open, address: str) -> None:
         (events("Half", end=""), "The connection broke off", "Half"),
         (events("Half", end='data: {"error": {"message": "out of memory"}}\n\n'), "The server failed", "Half"),
         (error(500, "its log says why"), "The server failed", ""),
+        (error(429, "over its rate", "rate_limit_exceeded"), "This API key has used up its rate", ""),
         (error(503, "loading"), "The server is starting or changing its model", ""),
         (error(400, "ask for at most 12", "context_length_exceeded"), "too long for this model", ""),
         (error(404, "has 'other'", "model_not_found"), "The server has another model by now", ""),

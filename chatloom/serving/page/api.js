@@ -9,6 +9,7 @@ export class ApiError extends Error {
   }
 }
 
+const CODES = { context_length_exceeded: "long", model_not_found: "gone", rate_limit_exceeded: "rate", server_stopping: "loading" };
 const KINDS = { 401: "key", 403: "key", 404: "gone", 429: "busy", 502: "offline", 503: "loading", 504: "offline" };
 
 async function ask(path, { key, body, signal } = {}) {
@@ -26,7 +27,7 @@ async function ask(path, { key, body, signal } = {}) {
 }
 
 function errorOf(error, status, wait) {
-  const kind = error?.code === "context_length_exceeded" ? "long" : (KINDS[status] ?? (status >= 500 ? "failed" : "refused"));
+  const kind = CODES[error?.code] ?? KINDS[status] ?? (status >= 500 ? "failed" : "refused");
   return new ApiError(kind, typeof error?.message === "string" ? error.message : "", wait);
 }
 
@@ -55,7 +56,7 @@ export async function* streamChat(key, body, signal) {
     for await (const data of events(response.body)) {
       if (data === "[DONE]") return;
       const chunk = JSON.parse(data);
-      if (chunk.error) throw errorOf(chunk.error, chunk.error.status ?? 500, 0);
+      if (chunk.error) throw errorOf(chunk.error, 500, 0);
       yield chunk;
     }
   } catch (error) {

@@ -118,6 +118,7 @@ function figures(answer) {
   const parts = [];
   if (answer.state === "stopped") parts.push(say("stopped"));
   if (answer.finish === "length") parts.push(say("cut"));
+  if (answer.finish === "content_filter") parts.push(say("filtered"));
   if (answer.speed) parts.push(say("speed", answer.speed.toFixed(answer.speed < 10 ? 1 : 0)));
   if (answer.first !== undefined) parts.push(say("first", answer.first.toFixed(2)));
   if (answer.tokens) parts.push(say("tokens", answer.tokens));

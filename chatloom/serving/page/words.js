@@ -69,6 +69,7 @@ const WORDS = {
     tokens: (count) => (count === 1 ? "1 token" : `${count} tokens`),
     stopped: "stopped",
     cut: "cut at the token limit",
+    filtered: "ended by the word list",
     thinking: "The answer is on its way",
     answered: "Answer:",
     switched: (version) => `From here on ${version} answers`,
@@ -78,6 +79,7 @@ const WORDS = {
     errors: {
       key: "This server wants an API key",
       busy: "The server is busy with other conversations",
+      rate: "This API key has used up its rate for now",
       loading: "The server is starting or changing its model",
       long: "The conversation is too long for this model",
       gone: "The server has another model by now",
@@ -203,6 +205,7 @@ const WORDS = {
     tokens: (count) => `${count} 个词元`,
     stopped: "已停止",
     cut: "达到长度上限",
+    filtered: "因词表而结束",
     thinking: "正在生成回答",
     answered: "回答：",
     switched: (version) => `从这里起由 ${version} 回答`,
@@ -212,6 +215,7 @@ const WORDS = {
     errors: {
       key: "这台服务器需要 API 密钥",
       busy: "服务器正忙于其他对话",
+      rate: "这个 API 密钥暂时超出了使用速率",
       loading: "服务器正在启动或更换模型",
       long: "对话超出了这个模型的长度",
       gone: "服务器已换用其他模型",
