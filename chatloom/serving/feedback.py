@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from fastapi import FastAPI, Request
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from chatloom.data.feedback import COMPARED, Rating
 from chatloom.files import append_line
@@ -21,17 +21,9 @@ FILE = "feedback.jsonl"
 """What people said of any version: a line names its own."""
 
 
-def _is_unicode(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a character
-        raise ValueError(f"half a character at position {error.start}") from error
-    return text
-
-
-Text = Annotated[str, StringConstraints(max_length=200_000), AfterValidator(_is_unicode)]
-Words = Annotated[Text, StringConstraints(pattern=r"\S")]
-Label = Annotated[Text, StringConstraints(min_length=1, max_length=300)]
+# A string with a limit must also be one that UTF-8 can hold; JSON can spell half of a character.
+Words = Annotated[str, StringConstraints(max_length=200_000, pattern=r"\S")]
+Label = Annotated[str, StringConstraints(min_length=1, max_length=300)]
 
 
 class Turn(BaseModel):
@@ -64,7 +56,7 @@ class Feedback(BaseModel):
     model: Label
     """The `system_fingerprint` of the answer: name and version of the model that gave it."""
     other: OtherAnswer | None = None
-    comment: Annotated[Text, StringConstraints(max_length=4000, strip_whitespace=True)] = ""
+    comment: Annotated[str, StringConstraints(max_length=4000, strip_whitespace=True)] = ""
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:

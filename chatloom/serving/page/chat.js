@@ -60,7 +60,7 @@ export async function grow(answer, request, key, signal, changed) {
   }
   if (first !== null) {
     answer.first = (first - began) / 1000;
-    // The first token comes after the prompt was read: the others tell the speed.
-    answer.speed = last > first && answer.tokens > 1 ? (answer.tokens - 1) / ((last - first) / 1000) : null;
+    // The first token comes after the prompt was read: the others tell the speed, unless they came at one stroke.
+    answer.speed = last - first >= 10 && answer.tokens > 1 ? (answer.tokens - 1) / ((last - first) / 1000) : null;
   }
 }

@@ -25,7 +25,7 @@ const WORDS = {
     offline: "Not connected",
     behind: "What stands behind this model",
     welcome: "What shall we talk about?",
-    welcomeMore: (model) => `You are talking to ${model}, made and registered by Chatloom. Every answer says which version gave it.`,
+    welcomeMore: (model) => `You are talking to ${model}. Every answer says which version gave it; the name at the top opens what it was made from.`,
     suggestions: [
       ["Explain", "Explain to a ten-year-old why the sky is blue."],
       ["Write", "Write a short, friendly note that moves a meeting to Friday."],
@@ -161,7 +161,7 @@ const WORDS = {
     offline: "未连接",
     behind: "这个模型的来历",
     welcome: "想聊点什么？",
-    welcomeMore: (model) => `正在与 ${model} 对话，它由 Chatloom 训练并登记。每条回答都会注明来自哪个版本。`,
+    welcomeMore: (model) => `正在与 ${model} 对话。每条回答都注明来自哪个版本，点上方的名称可以看它的来历。`,
     suggestions: [
       ["解释", "给十岁的孩子解释天空为什么是蓝色的。"],
       ["写作", "写一封简短友好的通知，把会议改到周五。"],
