@@ -16,9 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from chatloom.errors import InputError
 
 Split = Literal["sft", "reward", "ppo", "ptx", "eval"]
-Format = Literal[
-    "auto", "alpaca", "messages", "sharegpt", "preference", "hh", "ranked", "prompt", "text", "feedback"
-]
+Format = Literal["auto", "alpaca", "messages", "sharegpt", "preference", "hh", "ranked", "prompt", "text", "feedback"]
 Strategy = Literal[
     "none",
     "ddp",
