@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,12 +56,15 @@ def parrot(parrot_path: Path) -> Engine:
 
 @pytest.fixture(scope="session")
 def babbler(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """A random model with room for an answer of minutes."""
+    """A random model that nothing ends but the limit, with room for an answer of minutes."""
     torch.set_num_threads(1)
     model, tokenizer = random_llama(SOURCE)
     model.config.max_position_embeddings = 100_000
     tokenizer.chat_template = TEMPLATE.read_text(encoding="utf-8")
-    return Engine(save(tmp_path_factory.mktemp("models") / "babbler", model, tokenizer), device="cpu", dtype="float32")
+    path = save(tmp_path_factory.mktemp("models") / "babbler", model, tokenizer)
+    engine = Engine(path, device="cpu", dtype="float32")
+    engine.chat_model = replace(engine.chat_model, stop_ids=())
+    return engine
 
 
 def save(path: Path, model: torch.nn.Module, tokenizer: object) -> Path:
