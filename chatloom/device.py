@@ -25,12 +25,17 @@ def resolve_device(device: str = "auto", dtype: str = "auto", num_threads: int =
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("runtime.device = 'cuda': this machine has no usable CUDA device; set 'cpu' or 'auto'")
-    where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    where = own_gpu() if device != "cpu" and torch.cuda.is_available() else torch.device("cpu")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # that train together on this machine
     torch.set_num_threads(num_threads or max(len(os.sched_getaffinity(0)) // processes, 1))
     if dtype == "auto":
         return Device(where, torch.bfloat16 if _multiplies_bfloat16(where) else torch.float32)
     return Device(where, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+
+
+def own_gpu() -> torch.device:
+    """The GPU of this process among those that train together on this machine."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _multiplies_bfloat16(where: torch.device) -> bool:

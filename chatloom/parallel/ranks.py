@@ -17,6 +17,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from chatloom.config import Parallel
+from chatloom.device import own_gpu
 from chatloom.errors import InputError
 
 T = TypeVar("T")
@@ -150,7 +151,7 @@ def connect(section: str, parallel: Parallel, device: torch.device) -> Iterator[
         )
     backend = "gloo"
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(own_gpu())
         backend = "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ:
         store, rank, size = _meet()

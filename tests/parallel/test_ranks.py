@@ -11,6 +11,7 @@ import torch
 
 from chatloom.batches import microbatches, num_steps, steps
 from chatloom.config import Parallel, TrainSftParams
+from chatloom.device import own_gpu
 from chatloom.errors import InputError
 from chatloom.parallel.ranks import ALONE, Ranks, connect, shares
 from tests.parallel.parity import train_sft_params
@@ -21,6 +22,14 @@ def test_shares_by_hand() -> None:
     assert shares([5, 9, 2, 7, 4, 3], 2) == [[1, 4, 5], [0, 2, 3]]
     assert shares([5, 9, 2, 7, 4, 3], 1) == [[0, 1, 2, 3, 4, 5]]
     assert shares([1], 3) == [[0], [], []]
+
+
+def test_a_process_loads_its_model_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long before the processes are connected: all on the first one would not fit."""
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert own_gpu() == torch.device("cuda", 3)
+    monkeypatch.delenv("LOCAL_RANK")
+    assert own_gpu() == torch.device("cuda", 0)
 
 
 def test_every_rank_has_as_many_microbatches() -> None:
