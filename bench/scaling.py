@@ -26,6 +26,7 @@ LORA = Lora(
     alpha=32,
     target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     layers=None,
+    base_bits=None,
 )
 
 

@@ -143,6 +143,9 @@ def plan_training(
     seq: Annotated[int | None, typer.Option(min=1, help="Tokens of a row.")] = None,
     checkpointing: Annotated[bool | None, typer.Option(help="Compute activations again in the backward pass.")] = None,
     lora_rank: Annotated[int | None, typer.Option(min=0, help="Rank of adapters; 0 trains every weight.")] = None,
+    base_bits: Annotated[
+        Literal["4", "16"] | None, typer.Option(help="Of the frozen weights under adapters (lora.base_bits).")
+    ] = None,
     placement: Annotated[
         Literal["resident", "offload"] | None, typer.Option(help="PPO's scoring models while the others learn.")
     ] = None,
@@ -157,6 +160,7 @@ def plan_training(
         "seq": seq,
         "checkpointing": checkpointing,
         "lora_rank": lora_rank,
+        "base_bits": int(base_bits) if base_bits is not None else None,
         "placement": placement,
         "tensor": tensor,
         "pipeline": pipeline,

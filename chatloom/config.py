@@ -214,6 +214,17 @@ class Lora(Section):
     """Names of the linear layers that get an adapter."""
     layers: Positive | None
     """Adapt the last so many layers only; null adapts all. What lies below them is computed once for all roles."""
+    base_bits: Literal[4] | None
+    """Bits of the frozen weights in the model's linear layers: 4 is NF4 (QLoRA, Dettmers 2023), about a quarter of the
+    memory; null keeps them as they are. The stage's out has whole weights all the same."""
+
+
+def _require_adapters(method: str, lora: Lora) -> None:
+    if method == "full" and lora.base_bits is not None:
+        raise ValueError(
+            f"lora.base_bits = {lora.base_bits} and method = 'full': only weights that do not train can be rounded; "
+            "set method to 'lora', or lora.base_bits to null"
+        )
 
 
 class Parallel(Section):
@@ -276,6 +287,11 @@ class Training(Section):
     activation_checkpointing: bool
     """Recompute activations in the backward pass: less memory, about a third more arithmetic."""
     seed: int
+
+    @model_validator(mode="after")
+    def _rounds_what_is_frozen(self) -> Self:
+        _require_adapters(self.method, self.lora)
+        return self
 
 
 class TrainSftParams(Training):
@@ -460,7 +476,13 @@ class TrainPpoParams(Section):
             )
         if self.ptx_coef > 0 and self.ptx_batch == 0:
             raise ValueError("ptx_coef above 0 needs a ptx_batch above 0")
+        _require_adapters(self.method, self.lora)
         _require_sampled_temperature(self.generation, self.temperature)
+        if self.generation.kind == "vllm" and self.lora.base_bits is not None:
+            raise ValueError(
+                f"lora.base_bits = {self.lora.base_bits} and generation.kind = 'vllm': vLLM would sample from weights "
+                "that were not rounded; set generation to {kind: native}, or lora.base_bits to null"
+            )
         if self.generation.kind == "vllm" and self.parallel.num_processes > 1:
             raise ValueError(
                 f"parallel.num_processes = {self.parallel.num_processes} and generation.kind = 'vllm': vLLM samples in "

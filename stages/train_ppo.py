@@ -45,6 +45,7 @@ def main() -> None:
         watched = held_out(params.guards.held_out_prompts) if params.guards.reward_hacking != "off" else []
         torch.manual_seed(params.seed)
         preflight.require_same_tokenizer(SFT, REWARD)
+        preflight.require_same_base(REWARD, params.lora)
         longest_ptx = max((len(example.input_ids) for example in ptx), default=0)
         memory = preflight.estimate_memory(
             SFT, REWARD, params, device, longest_prompt=max(map(len, prompts)), longest_ptx=longest_ptx

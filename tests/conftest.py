@@ -70,7 +70,7 @@ def make_checkpoint(folder: Path, source: RandomSource) -> Path:
 
 @pytest.fixture
 def lora() -> Lora:
-    return Lora(rank=4, alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], layers=None)
+    return Lora(rank=4, alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], layers=None, base_bits=None)
 
 
 @pytest.fixture

@@ -67,6 +67,8 @@ def set_in(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
         ("train_sft.optimizer.lr", "fast", "p.yaml: train_sft.optimizer.lr = 'fast': input should be a valid number"),
         ("train_sft.batch_size", 0, "p.yaml: train_sft.batch_size = 0: input should be greater than 0"),
         ("train_sft.batch_size", 2.5, "p.yaml: train_sft.batch_size = 2.5: input should be a valid integer"),
+        ("train_ppo.lora.base_bits", 8, "p.yaml: train_ppo.lora.base_bits = 8: input should be 4"),
+        ("train_sft.lora.base_bits", 4, "lora.base_bits = 4 and method = 'full': only weights that do not train"),
         ("train_ppo.num_minibatches", 5, "num_minibatches = 5 does not divide rollout_batch = 16"),
         ("train_ppo.ptx_batch", 0, "p.yaml: train_ppo: ptx_coef above 0 needs a ptx_batch above 0"),
         ("train_ppo.checkpoint_every", 0, "p.yaml: train_ppo.checkpoint_every = 0: input should be greater than 0"),
@@ -172,6 +174,12 @@ def _strings(value: Any) -> list[str]:
     if isinstance(value, list):
         return [text for inner in value for text in _strings(inner)]
     return [value] if isinstance(value, str) else []
+
+
+def test_vllm_does_not_sample_from_rounded_weights() -> None:
+    values = set_in(read_yaml(DEFAULT), "train_ppo.generation", {"kind": "vllm", "gpu_memory_utilization": 0.4})
+    with pytest.raises(InputError, match=r"base_bits = 4 and generation\.kind = 'vllm'.*\{kind: native\}"):
+        validate_params(set_in(values, "train_ppo.lora.base_bits", 4), "p.yaml")
 
 
 def test_vllm_samples_in_one_process() -> None:

@@ -33,7 +33,7 @@ from tests.test_ppo import make_reward_model, params
 
 PROMPTS = [[5, 6, 7], [8], list(range(10, 30)), [40, 41], [9, 8, 7, 6, 5], [12, 250]]
 VLLM = VllmGeneration(kind="vllm", gpu_memory_utilization=0.4)
-LORA = Lora(rank=4, alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], layers=None)
+LORA = Lora(rank=4, alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], layers=None, base_bits=None)
 CUDA = torch.cuda.is_available()
 DEVICE = Device(torch.device("cuda"), torch.float32) if CUDA else CPU
 HAS_VLLM = importlib.util.find_spec("vllm") is not None

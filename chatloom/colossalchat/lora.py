@@ -54,7 +54,8 @@ def read_lora(path: Path, notes: list[str]) -> dict[str, Any]:
     if config["lora_initialization_method"] != "kaiming_uniform":
         method = config["lora_initialization_method"]
         notes.append(f"{path}: lora_initialization_method = {method!r}: adapters change nothing at the start here")
-    values = {"rank": config["r"], "alpha": config["lora_alpha"], "target_modules": modules, "layers": None}
+    values = {"rank": config["r"], "alpha": config["lora_alpha"], "target_modules": modules}
+    values |= {"layers": None, "base_bits": None}
     try:
         return {"method": "lora", "lora": Lora.model_validate(values).model_dump()}
     except ValidationError as error:

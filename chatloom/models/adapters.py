@@ -17,6 +17,7 @@ from chatloom.config import Lora, Training
 from chatloom.device import Device
 from chatloom.errors import InputError
 from chatloom.models.checkpoint import load_on
+from chatloom.models.four_bit import dequantized
 from chatloom.models.head import ScalarHead
 from chatloom.models.trunk import Below, run_above, run_below
 from chatloom.packing import Packed
@@ -89,7 +90,7 @@ class Role:
 def trainable(checkpoint: Path, adapter: str, params: Training, device: Device) -> Role:
     """The model as `params.method` wants it trained: whole, or with a new adapter called `adapter`."""
     torch.manual_seed(params.seed)
-    model = load_on(checkpoint, device).model
+    model = load_on(checkpoint, device, params.lora.base_bits).model
     if params.activation_checkpointing:
         model.activation_checkpointing_enable()
         model.train()
@@ -166,7 +167,12 @@ def load_adapter_state(model: nn.Module, name: str, state: dict[str, Tensor]) ->
 
 
 def merge_adapter(model: Any, name: str) -> Any:
-    """The same model as plain weights: W + scale * B A, summed in float32, every adapter removed."""
+    """The same model as plain weights: W + scale * B A, summed in float32, every adapter removed.
+
+    Where W was rounded to 4 bits it is what the adapter was trained on, and not the checkpoint's: so the result is the
+    model whose losses, scores and KL were measured. It is in the host's memory then.
+    """
+    model = dequantized(model)
     for parent in list(model.modules()):
         for child_name, layer in list(parent.named_children()):
             if not isinstance(layer, LoraLayer):

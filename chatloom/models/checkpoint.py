@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from chatloom.device import Device, resolve_device
 from chatloom.errors import InputError
-from chatloom.models import attention, norm
+from chatloom.models import attention, four_bit, norm
 from chatloom.models.gptq_checkpoint import load_gptq, open_gptq
 
 
@@ -45,13 +45,20 @@ def load_causal_lm(path: Path, runtime_device: str = "auto", dtype: str = "auto"
     return load_on(path, resolve_device(runtime_device, dtype, torch.get_num_threads()))
 
 
-def load_on(path: Path, device: Device) -> ChatModel:
-    """As `load_causal_lm`, on a resolved device."""
+def load_on(path: Path, device: Device, base_bits: Literal[4] | None = None) -> ChatModel:
+    """As `load_causal_lm`, on a resolved device.
+
+    Args:
+        base_bits: of the weights in its layers, which can be no more than read then (`lora.base_bits` of params); None
+            takes them as they are.
+    """
     config_file = path / "config.json"
     if not config_file.is_file():
         raise InputError(
             f"{path}: no checkpoint (config.json is missing); run the stage that makes it, or correct the path"
         )
+    if base_bits is not None:
+        four_bit.require_available(device.device)
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
         if "quantization_config" in config or (path / "quantize_config.json").is_file():
@@ -65,9 +72,12 @@ def load_on(path: Path, device: Device) -> ChatModel:
                 use_safetensors=True,
                 trust_remote_code=False,
                 attn_implementation=attention.NAME,
+                **(four_bit.settings(device) if base_bits is not None else {}),
             ).to(device.device)
     except (OSError, json.JSONDecodeError, SafetensorError, KeyError) as error:
         raise InputError(f"{path}: the checkpoint cannot be loaded: {error}") from error
+    if base_bits is not None:
+        four_bit.keep_gradients(model)
     norm.use_kernels(model)
     model.eval()
     tokenizer = load_tokenizer(path)

@@ -74,25 +74,35 @@ def read_probes(folder: Path) -> tuple[list[list[int]], list[float]]:
     return saved["sequences"], saved["scores"]
 
 
+def read_adapter(folder: Path) -> Lora | None:
+    """The shape of a saved reward model's adapter; None where its trunk was trained.
+
+    Raises:
+        InputError: where there is no reward model.
+    """
+    file = folder / DESCRIPTION
+    if not file.is_file():
+        raise InputError(f"{file}: no reward model; run the stage train_reward first")
+    saved = json.loads(file.read_text(encoding="utf-8"))["lora"]
+    return Lora(**saved) if saved else None
+
+
 def load_reward_model(
     folder: Path, device: Device, backbone: Any | None = None, sft: Path | None = None
 ) -> tuple[Role, Lora | None]:
     """Read a reward model for scoring, and the shape of its adapter if it is one.
 
     Args:
-        backbone: a causal LM already in memory with the SFT weights, which a LoRA reward model then shares.
+        backbone: a causal LM already in memory with the SFT weights, in the bits that the adapter was trained on, which
+            a LoRA reward model then shares.
         sft: the SFT checkpoint, loaded where a LoRA reward model comes without a `backbone`.
     """
-    file = folder / DESCRIPTION
-    if not file.is_file():
-        raise InputError(f"{file}: no reward model; run the stage train_reward first")
-    saved = json.loads(file.read_text(encoding="utf-8"))["lora"]
-    lora = Lora(**saved) if saved else None
+    lora = read_adapter(folder)
     if lora is None:
         model, adapter = load_on(folder, device).model, None
     else:
         assert backbone is not None or sft is not None, "a LoRA reward model needs its SFT backbone"
-        model = backbone if backbone is not None else load_on(sft, device).model  # type: ignore[arg-type]
+        model = backbone if backbone is not None else load_on(sft, device, lora.base_bits).model  # type: ignore[arg-type]
         add_adapter(model, ADAPTER, lora, seed=0)
         load_adapter_state(model, ADAPTER, load_file(folder / "adapter.safetensors"))
         adapter = ADAPTER

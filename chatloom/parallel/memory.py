@@ -16,7 +16,7 @@ from typing import Literal
 
 from chatloom.config import Lora, Strategy
 from chatloom.errors import InputError
-from chatloom.parallel.shapes import Shape, cache_bytes
+from chatloom.parallel.shapes import Shape, cache_bytes, nf4_bytes
 from chatloom.tensors import LOGITS_CHUNK
 
 Stage = Literal["sft", "reward", "ppo"]
@@ -172,12 +172,13 @@ def trained(shape: Shape, job: Job) -> int:
     return {"sft": shape.total, "reward": shape.trunk, "ppo": shape.total + shape.trunk}[job.stage]
 
 
-def frozen(shape: Shape, job: Job) -> int:
-    """Parameters that it only reads. PPO's reward model is an adapter too where PPO trains one."""
+def frozen_bytes(shape: Shape, job: Job) -> float:
+    """Of the parameters that it only reads. PPO's reward model is an adapter too where PPO trains one."""
     if job.lora is not None:
-        return shape.total + (shape.adapter(job.lora) if job.stage == "ppo" else 0)
+        backbone = HALF * shape.total if job.lora.base_bits is None else nf4_bytes(shape)
+        return backbone + (HALF * shape.adapter(job.lora) if job.stage == "ppo" else 0)
     # A reward or value model still carries its output embedding; the reference and the reward model are whole.
-    return {"sft": 0, "reward": shape.head, "ppo": shape.head + 2 * shape.total}[job.stage]
+    return HALF * {"sft": 0, "reward": shape.head, "ppo": shape.head + 2 * shape.total}[job.stage]
 
 
 def moments(shape: Shape, job: Job) -> dict[str, Memory]:
@@ -198,7 +199,7 @@ def moments(shape: Shape, job: Job) -> dict[str, Memory]:
     kept_below = layers * kept if job.checkpointing else max(layers - 1, 0) * kept
     away = _set_aside(shape, job)
     resident = Memory(
-        weights=own.weights * number + HALF * frozen(shape, job) * mine - away,
+        weights=own.weights * number + frozen_bytes(shape, job) * mine - away,
         optimizer=0 if own.offloaded else own.optimizer * number,
         activations=_below(shape, job),
         buffers=_gathered(shape, job),
@@ -210,7 +211,8 @@ def moments(shape: Shape, job: Job) -> dict[str, Memory]:
     most = max(before, stored - own.gradients * (shape.layer + shape.embedding) / job.tensor if full else stored)
     head = HALF * shape.embedding / job.tensor if full and job.stage != "reward" else 0
     # The gradient of a tied embedding waits for its other half until the end.
-    buffers = resident.buffers + _in_transit(shape, job) + (head if shape.tied else 0)
+    unpacked = _unpacked(shape, job)
+    buffers = resident.buffers + _in_transit(shape, job) + (head if shape.tied else 0) + unpacked
     retained = FULL * tokens * shape.vocabulary if job.whole_logits else 0
     step = 0 if own.offloaded else own.step * number
     moment = partial(replace, resident)
@@ -247,6 +249,7 @@ def moments(shape: Shape, job: Job) -> dict[str, Memory]:
             weights=resident.weights + away,
             logits=(FULL + HALF) * sequences * shape.vocabulary,
             cache=CACHE_ROOM * cache_bytes(shape, sequences * job.seq) * mine,
+            buffers=resident.buffers + unpacked,
         )
     return found
 
@@ -362,6 +365,13 @@ def _in_transit(shape: Shape, job: Job) -> float:
         bucket = max(in_layer, min(BUCKET, trained(shape, job)))
         return HALF * bucket * (2 + 1 / job.replicas)
     return 0
+
+
+def _unpacked(shape: Shape, job: Job) -> float:
+    """The weights of the one 4-bit layer that is multiplied with, in 16 bits: the largest one's."""
+    if job.lora is None or job.lora.base_bits is None:
+        return 0
+    return HALF * max(rows * columns for rows, columns in shape.linear.values())
 
 
 def _for_step(shape: Shape, job: Job) -> float:

@@ -107,13 +107,16 @@ def ways_to_fit(shape: Shape, job: Job, gpu: str, hardware: Hardware, lora: Lora
 
 
 def _near(job: Job, lora: Lora) -> Iterator[Job]:
-    """The job with other strategies, with checkpointing, with adapters, with fewer answers generated at once, and
-    combinations of these that exist."""
+    """The job with other strategies, with checkpointing, with adapters, on weights in 4 bits too, with fewer answers
+    generated at once, and combinations of these that exist."""
     # With one GPU nothing is shared out: only what moves to the host's memory helps.
     others = OTHERS if job.gpus > 1 else OFFLOADING
     strategies = dict.fromkeys((job.strategy, *others))
     checkpointing = (True,) if job.checkpointing else (False,) if job.stage == "ppo" else (False, True)
-    adapters = (job.lora,) if job.lora is not None else (None, lora)
+    own = job.lora or lora
+    adapters = [own] if job.lora is not None else [None, own]
+    if own.base_bits is None:
+        adapters.append(own.model_copy(update={"base_bits": 4}))
     rollouts = [job.rollout]
     if job.rollout is not None:
         sizes = dict.fromkeys(max(job.rollout.generation_batch // times, 1) for times in (1, 4, 16))
@@ -135,6 +138,7 @@ def changes(old: Job, new: Job) -> dict[str, str]:
         "parallel.strategy": (old.strategy, new.strategy),
         "activation_checkpointing": (old.checkpointing, new.checkpointing),
         "method": (_method(old), _method(new)),
+        "lora.base_bits": (_base_bits(old), _base_bits(new)),
         "batch_size": (old.batch, new.batch),
         "accumulation_steps": (old.accumulation, new.accumulation),
     }
@@ -148,12 +152,16 @@ def _method(job: Job) -> str:
     return "full" if job.lora is None else "lora"
 
 
+def _base_bits(job: Job) -> str:
+    return "null" if job.lora is None or job.lora.base_bits is None else str(job.lora.base_bits)
+
+
 def job_of(params: Params, stage: Stage, gpus: int, given: Mapping[str, Any]) -> Job:
     """The job that params describe, on so many GPUs. Rows are as long as `prepare_data` lets them be.
 
     Args:
         given: fields of the job that hold instead of what params say; `lora_rank` changes the adapters' rank, 0 takes
-            them away.
+            them away; `base_bits` is that of the weights under them, 4 or 16.
 
     Raises:
         InputError: where the stage has no such setting, or settings contradict each other.
@@ -162,11 +170,17 @@ def job_of(params: Params, stage: Stage, gpus: int, given: Mapping[str, Any]) ->
     sections: dict[Stage, Training | TrainPpoParams]
     sections = {"sft": params.train_sft, "reward": params.train_reward, "ppo": params.train_ppo}
     section = sections[stage]
-    rank = given.pop("lora_rank", None if section.method == "lora" else 0)
+    rank = given.pop("lora_rank", section.lora.rank if section.method == "lora" else 0)
+    adapters = section.lora.model_copy(update={"rank": rank})
+    if "base_bits" in given:
+        bits = 4 if given.pop("base_bits") == 4 else None
+        if bits and not rank:
+            raise InputError(f"--base-bits {bits}: only weights that do not train can be rounded; give --lora-rank")
+        adapters = adapters.model_copy(update={"base_bits": bits})
     values: dict[str, Any] = {
         "strategy": section.parallel.strategy,
         "batch": section.batch_size,
-        "lora": None if rank == 0 else section.lora if rank is None else section.lora.model_copy(update={"rank": rank}),
+        "lora": adapters if rank else None,
     }
     prompt = params.prepare_data.max_prompt_tokens
     if isinstance(section, TrainPpoParams):
@@ -235,7 +249,9 @@ def describe(made: Plan, name: str, most: int, ways: list[Plan]) -> str:
 
 
 def _method_text(job: Job) -> str:
-    return "every weight" if job.lora is None else f"LoRA of rank {job.lora.rank}"
+    if job.lora is None:
+        return "every weight"
+    return f"LoRA of rank {job.lora.rank}" + (" on weights of 4 bits" if job.lora.base_bits else "")
 
 
 def _step_text(job: Job) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from chatloom.config import Lora, read_yaml
 from chatloom.errors import InputError
 from chatloom.files import read_json
+from chatloom.models import four_bit
 
 KNOWN = Path(__file__).with_name("shapes.yaml")
 LLAMA_LIKE = {"llama", "mistral"}
@@ -148,6 +149,12 @@ def quantized_bytes(shape: Shape, bits: int = 4, group: int | None = 128) -> int
         packed += bits / 8 * rows * columns + (2 + bits / 8) * rows * groups + 4 * columns
     other = 2 * (shape.embedding + shape.head + (2 * shape.layers + 1) * shape.hidden)
     return round(shape.layers * packed + other)
+
+
+def nf4_bytes(shape: Shape) -> float:
+    """A model whose linear layers are in NF4 (`chatloom.models.four_bit`), everything else in 16 bits."""
+    rounded = shape.layers * sum(rows * columns for rows, columns in shape.linear.values())
+    return four_bit.BYTES * rounded + 2 * (shape.total - rounded)
 
 
 def cache_bytes(shape: Shape, tokens: int) -> int:

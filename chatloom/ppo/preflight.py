@@ -19,8 +19,10 @@ from chatloom.config import Lora, Parallel, TrainPpoParams
 from chatloom.data.examples import Example
 from chatloom.device import Device
 from chatloom.errors import InputError
+from chatloom.models import four_bit
 from chatloom.models.adapters import Role
 from chatloom.models.checkpoint import ChatModel, load_tokenizer, stop_ids
+from chatloom.models.reward_model import read_adapter
 from chatloom.packing import pack
 from chatloom.ppo.experience import Experience
 from chatloom.ppo.roles import Roles
@@ -70,6 +72,21 @@ def require_same_tokenizer(sft: Path, reward: Path) -> None:
             )
 
 
+def require_same_base(reward: Path, lora: Lora) -> None:
+    """A reward model that is an adapter was trained on the frozen weights that it will share with the policy.
+
+    Raises:
+        InputError: where those were in other bits.
+    """
+    adapter = read_adapter(reward)
+    if adapter is not None and adapter.base_bits != lora.base_bits:
+        theirs, ours = ("null" if bits is None else bits for bits in (adapter.base_bits, lora.base_bits))
+        raise InputError(
+            f"train_ppo.lora.base_bits = {ours}: {reward} was trained with {theirs}, and its adapter shares a backbone "
+            f"with the policy; set it to {theirs}, or train_reward.lora.base_bits to {ours}"
+        )
+
+
 @dataclass(frozen=True)
 class Shape:
     """What the memory of a model depends on, read from its files."""
@@ -96,6 +113,14 @@ class Shape:
             layers=config.num_hidden_layers,
             vocabulary=config.vocab_size,
         )
+
+    def weight_bytes(self, dtype: torch.dtype, base_bits: int | None) -> int:
+        """Of the whole model in memory, its layers' matrices in `base_bits`."""
+        total = _count(self.tensors)
+        if base_bits is None:
+            return dtype.itemsize * total
+        rounded = _count({n: shape for n, shape in self.tensors.items() if ".layers." in n and len(shape) == 2})
+        return dtype.itemsize * (total - rounded) + int(four_bit.BYTES * rounded)
 
     def adapter_parameters(self, lora: Lora) -> int:
         """rank * (in + out) of each adapted layer (Hu 2021)."""
@@ -171,11 +196,13 @@ def estimate_memory(
         rollout = int(params.generation.gpu_memory_utilization * torch.cuda.mem_get_info(device.device)[1])
     else:
         cached = CACHE_ROOM * params.generation_batch * sequence * shape.layers * shape.key_value
-        # On a CPU the policy's weights and its head are laid out once more for sampling (`LlamaDecoder`).
-        snapshot = sft_parameters + shape.vocabulary * shape.hidden if device.device.type == "cpu" else 0
+        # On a CPU the policy's weights and its head are laid out once more for sampling (`LlamaDecoder`), but no layers
+        # of 4 bits.
+        copied = sft_parameters if params.lora.base_bits is None else 0
+        snapshot = copied + shape.vocabulary * shape.hidden if device.device.type == "cpu" else 0
         rollout = dtype.itemsize * (int(cached) + snapshot)
     return Memory(
-        weights=dtype.itemsize * (sft_parameters + reward_parameters + trained),
+        weights=shape.weight_bytes(dtype, params.lora.base_bits) + dtype.itemsize * (reward_parameters + trained),
         optimizer=int(optimizer_bytes(params.parallel, device) * trained),
         update=update_tokens * adapted_layers * shape.activation_bytes(dtype)
         + (4 * FLOAT_COPIES + dtype.itemsize * MODEL_COPIES) * logits
@@ -253,7 +280,8 @@ def _remedy(memory: Memory, available: int, params: TrainPpoParams) -> str:
     if memory.fixed > CLOSE * available:
         if params.method == "full":
             return "set train_ppo.method to 'lora', or take a smaller base model"
-        return f"lower train_ppo.lora.rank = {params.lora.rank}, or take a smaller base model"
+        rounded = "" if params.lora.base_bits else ", set base_bits to 4 in the lora of train_reward and train_ppo"
+        return f"lower train_ppo.lora.rank = {params.lora.rank}{rounded}, or take a smaller base model"
     if memory.update >= memory.rollout:
         return f"lower train_ppo.batch_size = {params.batch_size} or train_ppo.ptx_batch = {params.ptx_batch}"
     if params.generation.kind == "vllm":

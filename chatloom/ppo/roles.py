@@ -37,7 +37,7 @@ def load_roles(sft: Path, reward: Path, params: TrainPpoParams, device: Device) 
     reward training used LoRA) and value (an adapter that starts as the reward's). With full fine-tuning, policy and
     value are models of their own. The value model starts from the reward model, gain and bias included.
     """
-    chat = load_on(sft, device)
+    chat = load_on(sft, device, params.lora.base_bits)
     backbone = chat.model.requires_grad_(False)
     reward_model, reward_lora = load_reward_model(reward, device, backbone=backbone)
     for parameter in reward_model.parameters():

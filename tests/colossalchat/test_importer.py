@@ -163,6 +163,7 @@ def test_lora(tmp_path: Path) -> None:
             "alpha": 16,
             "target_modules": ["q_proj", "v_proj"],
             "layers": None,
+            "base_bits": None,
         }
 
 

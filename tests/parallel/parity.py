@@ -74,7 +74,9 @@ OPTIMIZER = {
     "schedule": "cosine",
     "max_grad_norm": 1.0,
 }
-LORA = {"rank": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "layers": None}
+FULL, LORA_4 = "full", "lora on 4 bits"
+METHODS = (FULL, "lora", LORA_4)
+LORA = {"rank": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "layers": None, "base_bits": None}
 CURVES = {
     "sft": ("train/loss", "train/grad_norm"),
     "reward": ("train/loss", "train/grad_norm"),
@@ -82,13 +84,13 @@ CURVES = {
 }
 
 
-def make_models(folder: Path) -> None:
+def make_models(folder: Path, methods: Sequence[str] = (FULL, "lora")) -> None:
     """A base model, and reward models that are an adapter on it or a trunk of their own."""
     source = RandomSource(kind="random", hidden_size=32, num_layers=2, num_heads=4, vocab_size=300, seed=0)
     template = str(ROOT / "data/templates/chatml.jinja")
     params = BaseModelParams(source=source, pad_token=None, stop_tokens=None, chat_template=template)
     make_base_model(params, torch.float32, folder / "base")
-    for method in ("full", "lora"):
+    for method in methods:
         role = reward_role(folder, method, torch.float32)
         assert role.head is not None
         role.head.normalize(torch.tensor([0.0, 0.5, 1.5], device=DEVICE))
@@ -100,11 +102,12 @@ def make_models(folder: Path) -> None:
 
 
 def reward_role(folder: Path, method: str, dtype: torch.dtype) -> Role:
-    model = load_on(folder / "base", Device(torch.device(DEVICE), dtype)).model
+    lora = train_reward_params(method, "none", 1).lora
+    model = load_on(folder / "base", Device(torch.device(DEVICE), dtype), lora.base_bits).model
     head = ScalarHead(32, torch.Generator().manual_seed(0)).to(DEVICE)
-    if method == "full":
+    if method == FULL:
         return Role(model, None, head)
-    add_adapter(model, ADAPTER, train_reward_params(method, "none", 1).lora, seed=0)
+    add_adapter(model, ADAPTER, lora, seed=0)
     return Role(model, ADAPTER, head)
 
 
@@ -146,11 +149,14 @@ def tensor_size(strategy: str) -> int:
     return 2 if strategy == "colossalai_hybrid" else 1
 
 
+def trained_by(method: str) -> dict[str, Any]:
+    return {"method": FULL if method == FULL else "lora", "lora": LORA | {"base_bits": 4 if method == LORA_4 else None}}
+
+
 def supervised(method: str, strategy: str, size: int) -> dict[str, Any]:
     tensor = tensor_size(strategy)
     return {
-        "method": method,
-        "lora": LORA,
+        **trained_by(method),
         "optimizer": OPTIMIZER,
         "parallel": Parallel(strategy=strategy, num_processes=size, tensor_size=tensor, hostfile=None),
         "batch_size": max(ROWS // (size // tensor) // 2, 1),
@@ -170,9 +176,10 @@ def train_sft_params(method: str, strategy: str, size: int) -> TrainSftParams:
 
 
 def train_ppo_params(method: str, strategy: str, size: int) -> TrainPpoParams:
+    own = trained_by(method)
     changes = {
-        "method": method,
-        "lora": LORA | {"layers": 1},
+        **own,
+        "lora": own["lora"] | {"layers": 1},
         "optimizer": OPTIMIZER | {"adam_eps": 1e-5},
         "value_lr": 2e-3,
         "parallel": {"strategy": strategy, "num_processes": size, "tensor_size": 1, "hostfile": None},
@@ -231,10 +238,10 @@ def run(
         curves["head/bias"] = [float(role.head.bias)]
     else:
         p_sft = train_sft_params(method, strategy, ranks.size)
-        model = load_on(folder / "base", device).model
-        if method == "lora":
+        model = load_on(folder / "base", device, p_sft.lora.base_bits).model
+        if method != FULL:
             add_adapter(model, "sft", p_sft.lora, seed=0)
-        policy = Role(model, "sft" if method == "lora" else None)
+        policy = Role(model, "sft" if method != FULL else None)
         held_out = {"en": examples(7, seed=5)}
         result = train_sft(policy, examples(37, seed=2), held_out, p_sft, device.device, log, checkpoints, ranks)
         curves["eval/loss_en"] = [result["eval/loss_en"]]
@@ -365,11 +372,11 @@ def main() -> None:
     chosen = sys.argv[2:] or [""]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_models(folder)
+        make_models(folder, METHODS)
         cases = [
             f"{stage}/{method}/{dtype}/{strategy}"
             for stage in CURVES
-            for method in ("full", "lora")
+            for method in METHODS
             for dtype in ("float32", "bfloat16")
             for strategy in DATA_PARALLEL
         ]

@@ -17,7 +17,7 @@ from chatloom.errors import InputError
 from chatloom.parallel.hardware import GIB, TABLE, load_hardware
 from chatloom.parallel.memory import Job, Rollout, host_bytes, layer_activations, moments
 from chatloom.parallel.plan import changes, job_of, largest_batch, plan, ways_to_fit
-from chatloom.parallel.shapes import Shape, cache_bytes, quantized_bytes
+from chatloom.parallel.shapes import Shape, cache_bytes, nf4_bytes, quantized_bytes
 from chatloom.parallel.speed import forward_flops, step
 from tests.conftest import ROOT
 
@@ -25,7 +25,7 @@ SHAPE = Shape(hidden=8, intermediate=16, layers=2, heads=2, key_value_heads=1, h
 """A layer: q 64, k 32, v 32, o 64, three of the MLP 128 each, two norms of 8: 592. Two layers, two embeddings of 256,
 a last norm of 8: 1,704."""
 JOB = Job("sft", "colossalai_zero2", gpus=4, batch=2, seq=16)
-LORA = Lora(rank=2, alpha=4, target_modules=["q_proj", "down_proj"], layers=None)
+LORA = Lora(rank=2, alpha=4, target_modules=["q_proj", "down_proj"], layers=None, base_bits=None)
 HARDWARE = load_hardware()
 LLAMA_7B = Shape.named("llama-7b")
 RECIPE = Job("sft", "colossalai_zero2", gpus=4, batch=8, seq=2048, checkpointing=True)
@@ -143,6 +143,19 @@ def test_a_split_model_is_a_part_on_each_gpu() -> None:
     assert found["loss"].logits == 12 * 32 * 32 / 2
 
 
+def test_frozen_weights_in_4_bits_by_hand() -> None:
+    """Half a byte each, one of a scale for 64, four of a float32 for 256 scales; embeddings and norms in 16 bits."""
+    linear = 2 * (64 + 32 + 32 + 64 + 3 * 128)
+    rest = 2 * 256 + 5 * 8
+    assert nf4_bytes(SHAPE) == linear * (0.5 + 1 / 64 + 4 / 16384) + 2 * rest
+    rounded = LORA.model_copy(update={"base_bits": 4})
+    whole, found = (moments(SHAPE, replace(JOB, lora=lora)) for lora in (LORA, rounded))
+    assert whole["step"].weights - found["step"].weights == 2 * linear - (nf4_bytes(SHAPE) - 2 * rest)
+    # While the largest layer is multiplied its weights are there in 16 bits.
+    assert found["first layer"].buffers - whole["first layer"].buffers == 2 * 128
+    assert found["loss"].buffers == whole["loss"].buffers
+
+
 def test_quantized_and_cached_bytes_by_hand() -> None:
     linear = 64 + 32 + 32 + 64 + 3 * 128
     inputs = 8 + 8 + 8 + 8 + 8 + 8 + 16
@@ -209,6 +222,14 @@ def test_ways_to_fit_do_fit_and_change_no_more_than_they_must() -> None:
     assert changes(job, ways[0].job) == {"train_sft.method": "lora"}
 
 
+def test_a_model_too_large_for_adapters_fits_in_4_bits() -> None:
+    job = replace(RECIPE, gpus=1, strategy="none", batch=1, seq=512, lora=LORA)
+    shape = Shape.named("llama-13b")
+    assert not plan(shape, job, "rtx-4090-24gb", HARDWARE).fits
+    [way, *_] = ways_to_fit(shape, job, "rtx-4090-24gb", HARDWARE, LORA)
+    assert changes(job, way.job) == {"train_sft.lora.base_bits": "4"}
+
+
 def test_offloading_does_not_fit_without_host_memory() -> None:
     shape = Shape.named("llama-13b")
     job = replace(RECIPE, gpus=1, strategy="colossalai_zero2_cpu", batch=1)
@@ -251,6 +272,10 @@ def test_options_about_adapters(params: Params) -> None:
     assert rank_8 is not None
     assert (rank_8.rank, rank_8.target_modules) == (8, params.train_sft.lora.target_modules)
     assert job_of(params, "reward", 2, given | {"lora_rank": 0}).lora is None
+    rounded = job_of(params, "reward", 2, given | {"base_bits": 4}).lora
+    assert rounded is not None
+    assert rounded.base_bits == 4
+    assert job_of(params, "reward", 2, given | {"base_bits": 16}).lora == params.train_reward.lora
 
 
 @pytest.mark.parametrize(
@@ -262,6 +287,7 @@ def test_options_about_adapters(params: Params) -> None:
         ("sft", 4, {"strategy": "colossalai_gemini", "lora_rank": 8}, "does not go with colossalai_gemini"),
         ("ppo", 1, {"checkpointing": True}, "train_ppo has no activation_checkpointing"),
         ("sft", 1, {"placement": "offload"}, "placement is a key of train_ppo"),
+        ("sft", 1, {"base_bits": 4}, "only weights that do not train can be rounded; give --lora-rank"),
         ("ppo", 4, {"strategy": "colossalai_gemini", "lora_rank": 0}, "PPO samples from whole weights"),
         ("ppo", 1, {"seq": 48}, "max_new_tokens = 48 leaves no prompt"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from chatloom import kernels
 from chatloom.config import Lora, Optimizer
 from chatloom.data.examples import Example
-from chatloom.models import attention
+from chatloom.device import Device
+from chatloom.models import attention, four_bit
 from chatloom.models.adapters import Role, add_adapter
 from chatloom.optim import MasterAdamW, ParameterGroup
 from chatloom.packing import Packed, pack
@@ -31,7 +33,10 @@ ROWS, SEQ = 2, 384
 JOB = Job("sft", "none", 1, ROWS, SEQ)
 WIDE = replace(Shape.named("llama-7b"), layers=3)
 WIDE_JOB = Job("sft", "colossalai_zero1", 1, 4, 2048, checkpointing=True)
-LORA = Lora(rank=8, alpha=16, target_modules=["q_proj", "v_proj", "o_proj", "up_proj"], layers=None)
+LORA = Lora(rank=8, alpha=16, target_modules=["q_proj", "v_proj", "o_proj", "up_proj"], layers=None, base_bits=None)
+
+
+ROUNDED = LORA.model_copy(update={"base_bits": 4})
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +64,16 @@ def bfloat16_llama(shape: Shape) -> Any:
     return model
 
 
+def in_4_bits(model: Any, device: str = "cpu") -> Any:
+    """As `chatloom.models.checkpoint.load_on` reads it."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        rounding = four_bit.settings(Device(torch.device(device), torch.bfloat16))
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, attn_implementation=attention.NAME, **rounding
+        )
+
+
 class Tracker(MemTracker):
     """Without statistics of single modules, for which each parameter has to train and each module to run once."""
 
@@ -76,6 +91,9 @@ class Tracker(MemTracker):
 def role(shape: Shape, job: Job) -> Role:
     """What stages.training.trainable makes of a checkpoint."""
     model = bfloat16_llama(shape)
+    if job.lora is not None and job.lora.base_bits is not None:
+        model = in_4_bits(model)
+        four_bit.keep_gradients(model)
     if job.checkpointing:
         model.activation_checkpointing_enable()
         model.train()
@@ -115,9 +133,10 @@ def test_adapters_are_those_of_peft() -> None:
         replace(JOB, checkpointing=True),
         replace(JOB, lora=LORA),
         replace(JOB, lora=LORA, checkpointing=True),
+        replace(JOB, lora=ROUNDED, checkpointing=True),
         replace(JOB, batch=6, checkpointing=True),
     ],
-    ids=["full", "full checkpointed", "lora", "lora checkpointed", "full checkpointed, more rows"],
+    ids=["full", "full checkpointed", "lora", "lora checkpointed", "lora, 4 bits", "full checkpointed, more rows"],
 )
 def test_the_peak_of_sft_on_a_tiny_model(job: Job, optimizer: Optimizer) -> None:
     """Chatloom's own step, twice: Adam's moments exist in the second one only."""
@@ -180,6 +199,27 @@ def test_the_peak_of_sft_on_a_gpu(checkpointing: bool, optimizer: Optimizer) -> 
     policy = role(shape, job)
     policy.model.cuda()
     packed = pack([Example([1] * job.seq, [False] + [True] * (job.seq - 1)) for _ in range(job.batch)], "cuda")
+    updates = MasterAdamW([ParameterGroup(policy.parameters(), 1e-3)], optimizer)
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        sft_loss(policy, packed, len(packed.targets)).backward()
+        updates.step(1.0, "train_sft", 1)
+    planned = max(memory.total for memory in moments(shape, job).values())
+    assert planned == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_peak_of_sft_on_4_bits_on_a_gpu(optimizer: Optimizer) -> None:
+    """As above, of a model of 0.5B parameters whose weights are most of its memory."""
+    shape = replace(WIDE, hidden=2048, intermediate=5504, layers=8, heads=16, key_value_heads=16)
+    job = replace(WIDE_JOB, strategy="none", batch=1, seq=512, lora=ROUNDED)
+    model = in_4_bits(bfloat16_llama(shape), "cuda")
+    model.activation_checkpointing_enable()
+    model.train()
+    add_adapter(model, "sft", ROUNDED, seed=0)
+    policy = Role(model, "sft")
+    packed = pack([Example([1] * job.seq, [False] + [True] * (job.seq - 1))], "cuda")
     updates = MasterAdamW([ParameterGroup(policy.parameters(), 1e-3)], optimizer)
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
