@@ -15,7 +15,7 @@ from chatloom.cli import app
 from chatloom.config import Lora, Params, load_params, load_preset, validate_params
 from chatloom.errors import InputError
 from chatloom.parallel.hardware import GIB, TABLE, load_hardware
-from chatloom.parallel.memory import Job, Rollout, host_bytes, layer_activations, moments
+from chatloom.parallel.memory import Job, Rollout, Stage, host_bytes, layer_activations, moments
 from chatloom.parallel.plan import changes, job_of, largest_batch, plan, ways_to_fit
 from chatloom.parallel.shapes import Shape, cache_bytes, nf4_bytes, quantized_bytes
 from chatloom.parallel.speed import forward_flops, step
@@ -263,6 +263,19 @@ def test_a_preset_becomes_a_job() -> None:
         ptx_rows=ppo.ptx_batch // 8,
         placement="offload",
     )
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("model", ["llama-7b", "llama-13b"])
+def test_every_stage_of_a_preset_fits_its_gpus_of_80_gb(model: str, stage: Stage) -> None:
+    preset = ROOT / "params" / f"{model}.yaml"
+    values = validate_params(load_preset(preset, ROOT / "params.yaml"), str(preset))
+    gpus = {"sft": values.train_sft, "reward": values.train_reward, "ppo": values.train_ppo}[
+        stage
+    ].parallel.num_processes
+    assert gpus <= 8
+    made = plan(Shape.named(model), job_of(values, stage, gpus, {}), "a100-80gb", HARDWARE)
+    assert made.fits, (made.fullest, made.peak / GIB, made.host / GIB)
 
 
 def test_options_about_adapters(params: Params) -> None:
