@@ -28,6 +28,7 @@ LORA = Lora(
     layers=None,
     base_bits=None,
 )
+QLORA = LORA.model_copy(update={"base_bits": 4})
 
 
 # --- published figures of training ---
@@ -110,6 +111,7 @@ CAPACITY_CARDS = ("rtx-4080-16gb", "rtx-4090-24gb", "a100-40gb", "a100-80gb")
 CAPACITY_JOBS = {
     "plain": Job("sft", "none", 1, 1, seq=2048, checkpointing=True),
     "LoRA r16": Job("sft", "none", 1, 1, seq=2048, checkpointing=True, lora=LORA),
+    "LoRA r16, 4 bits": Job("sft", "none", 1, 1, seq=2048, checkpointing=True, lora=QLORA),
     "zero2_cpu": Job("sft", "colossalai_zero2_cpu", 1, 1, seq=2048, checkpointing=True),
     "gemini": Job("sft", "colossalai_gemini", 1, 1, seq=2048, checkpointing=True),
     "gemini_auto": Job("sft", "colossalai_gemini_auto", 1, 1, seq=2048, checkpointing=True),

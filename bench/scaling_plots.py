@@ -21,8 +21,8 @@ from bench.scaling import (
 from chatloom.files import atomic_file
 from chatloom.parallel.hardware import Hardware
 
-DARK, TEAL, ORANGE, GREY, GOLD = "#14213d", "#2a7f86", "#d1603d", "#8d99ae", "#d9a441"
-COLOURS = (DARK, TEAL, ORANGE, GREY, GOLD)
+DARK, TEAL, ORANGE, GREY, GOLD, SAGE = "#14213d", "#2a7f86", "#d1603d", "#8d99ae", "#d9a441", "#9dbf9e"
+COLOURS = (DARK, TEAL, ORANGE, GREY, GOLD, SAGE)
 
 
 def draw(hardware: Hardware, folder: Path) -> None:

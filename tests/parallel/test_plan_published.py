@@ -101,6 +101,8 @@ def test_offloading_and_adapters_grow_the_capacity_of_every_card() -> None:
     for card in CAPACITY_CARDS:
         plain = capacity("plain", card, HARDWARE).billions
         assert all(capacity(method, card, HARDWARE).billions > 2 * plain for method in ("LoRA r16", "zero2_cpu"))
+        adapters, rounded = (capacity(m, card, HARDWARE).billions for m in ("LoRA r16", "LoRA r16, 4 bits"))
+        assert rounded > 1.5 * adapters
 
 
 def test_the_page_says_what_the_plan_says() -> None:
