@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -261,7 +262,7 @@ def tokens_of(checkpoint: Path) -> Callable[[str], int]:
 
 
 def cycled(questions: Sequence[str], count: int) -> list[str]:
-    return [questions[number % len(questions)] for number in range(count)]
+    return list(islice(cycle(questions), count))
 
 
 @contextmanager

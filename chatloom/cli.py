@@ -15,11 +15,12 @@ from chatloom.data.commands import app as data_app
 from chatloom.errors import InputError
 from chatloom.registry.commands import app as registry_app
 from chatloom.serving.commands import app as serving_app
-from chatloom.terminal import input_errors
+from chatloom.terminal import ModelOption, input_errors
 
 # torch, MLflow and FastAPI take seconds to import: commands import them when they run, so that --help is quick.
 if TYPE_CHECKING:
-    from chatloom.serving.engine import Engine, Message
+    from chatloom.serving.engine import Engine
+    from chatloom.serving.prompts import Message
 
 app = typer.Typer(
     help="Serve the chat model that the pipeline registered, talk to it, see what it was made from; plan a training "
@@ -31,9 +32,6 @@ app.add_typer(data_app, name="data")
 app.add_typer(registry_app)
 app.add_typer(serving_app)
 
-ModelOption = Annotated[
-    str, typer.Option("--model", help="models:/name@alias, models:/name/version, or a checkpoint's folder.")
-]
 DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes CUDA where there is one.")]
 
 
@@ -79,7 +77,7 @@ def chat(
         from chatloom.registry.resolve import resolve
 
         engine = _load(resolve(model).path, device)
-        from chatloom.serving.engine import Message
+        from chatloom.serving.prompts import Message
 
         opening = [Message("system", system)] if system is not None else []
         conversation = list(opening)

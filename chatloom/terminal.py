@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated
 
 import typer
 
 from chatloom.errors import InputError
+
+ModelOption = Annotated[
+    str, typer.Option("--model", help="models:/name@alias, models:/name/version, or a checkpoint's folder.")
+]
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from typer.testing import CliRunner, Result
 
 from chatloom.cli import app
 from chatloom.models.sampling import Sampling
-from chatloom.serving.engine import Engine, Message
+from chatloom.serving.engine import Engine
+from chatloom.serving.prompts import Message
 
 ROOT = Path(__file__).parents[1]
 SAMPLING = Sampling(max_new_tokens=8, temperature=0.0)

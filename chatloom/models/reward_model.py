@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from chatloom.config import Lora, TrainRewardParams
 from chatloom.data.examples import Example
 from chatloom.device import Device
 from chatloom.errors import InputError
-from chatloom.files import write_json
+from chatloom.files import read_json, write_json
 from chatloom.models.adapters import Role, adapter_parameters, add_adapter, load_adapter_state, trainable
 from chatloom.models.checkpoint import load_on, save_causal_lm
 from chatloom.models.head import ScalarHead
@@ -66,9 +65,9 @@ def read_probes(folder: Path) -> tuple[list[list[int]], list[float]]:
     """Sequences, and what the reward model scored each when it was saved.
 
     Raises:
-        InputError: where none were recorded.
+        InputError: where there is no reward model, or none were recorded.
     """
-    saved = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["probes"]
+    saved = _description(folder)["probes"]
     if not saved["sequences"]:
         raise InputError(f"{folder / DESCRIPTION}: it records no scores to compare with; run train_reward again")
     return saved["sequences"], saved["scores"]
@@ -80,11 +79,12 @@ def read_adapter(folder: Path) -> Lora | None:
     Raises:
         InputError: where there is no reward model.
     """
-    file = folder / DESCRIPTION
-    if not file.is_file():
-        raise InputError(f"{file}: no reward model; run the stage train_reward first")
-    saved = json.loads(file.read_text(encoding="utf-8"))["lora"]
+    saved = _description(folder)["lora"]
     return Lora(**saved) if saved else None
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    return read_json(folder / DESCRIPTION, "there is no reward model; run the stage train_reward first")
 
 
 def load_reward_model(

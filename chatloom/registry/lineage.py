@@ -33,6 +33,8 @@ FILE = "lineage.json"
 """Name of the facts among the files of a registered version."""
 OUT_TAG = "out/"
 """Begins the tags of a run that say what it made: `out/models/ppo` with the hash that DVC gives these bytes."""
+WEIGHTS_TAG = "dvc.model"
+"""Tag of a version: DVC's hash of the checkpoint that was registered, or `NONE`."""
 INPUTS_TAG = "chatloom.inputs"
 """Tag of a run: one hash of everything that DVC lists as its stage's deps and params."""
 RAW_REPORT, PREPARE_REPORT = Path("reports/raw_data.json"), Path("reports/prepare_data.json")
@@ -85,7 +87,7 @@ def lineage_tags(facts: Facts) -> dict[str, str]:
     return {
         "git.revision": facts["code"]["revision"],
         "git.dirty": facts["code"]["dirty"],
-        "dvc.model": facts["model"]["md5"],
+        WEIGHTS_TAG: facts["model"]["md5"],
         "dvc.lock.upstream_sha256": hashlib.sha256(upstream.encode()).hexdigest() if facts["stages"] else NONE,
         "params.md5": facts["files"]["params.yaml"],
         "params": json.dumps(facts["params"], ensure_ascii=False),

@@ -110,6 +110,13 @@ def create_app(
             raise
         return call
 
+    async def answer(body: AnyRequest, request: Request, kind: type[ChatFormat | TextFormat]) -> Response:
+        call = await begin(body, request)
+        style = kind(head_of(call.served.name, call.served.fingerprint), call.served.model.prompts)
+        if body.stream:
+            return EventStream(call, events_of(call, style))
+        return await whole_response(call, style, request)
+
     @app.get("/health")
     async def health() -> dict[str, Any]:
         """Whether the process answers."""
@@ -137,19 +144,11 @@ def create_app(
 
     @app.post("/v1/chat/completions", responses=ANSWERS, response_class=JSONResponse)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        call = await begin(body, request)
-        style = ChatFormat(head_of(call.served.name, call.served.fingerprint), call.served.model.prompts)
-        if body.stream:
-            return EventStream(call, events_of(call, style))
-        return await whole_response(call, style, request)
+        return await answer(body, request, ChatFormat)
 
     @app.post("/v1/completions", responses=ANSWERS, response_class=JSONResponse)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        call = await begin(body, request)
-        style = TextFormat(head_of(call.served.name, call.served.fingerprint), call.served.model.prompts)
-        if body.stream:
-            return EventStream(call, events_of(call, style))
-        return await whole_response(call, style, request)
+        return await answer(body, request, TextFormat)
 
     @app.post("/generate", responses=ERRORS)
     async def generate(body: GenerationRequest, request: Request) -> str:

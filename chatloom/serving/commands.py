@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from chatloom.serving.options import EngineKind, Options, Overflow
-from chatloom.terminal import input_errors
+from chatloom.terminal import ModelOption, input_errors
 
 app = typer.Typer()
 keys_app = typer.Typer(help="API keys of `chatloom serve --keys`.", no_args_is_help=True)
@@ -24,9 +24,7 @@ ENGINE, LIMITS, SAFETY = "Engine", "Limits", "Safety"
 
 @app.command()
 def serve(
-    model: Annotated[
-        str, typer.Option("--model", help="models:/name@alias, models:/name/version, or a checkpoint's folder.")
-    ] = "models:/chatloom@champion",
+    model: ModelOption = "models:/chatloom@champion",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
     watch: Annotated[

@@ -15,10 +15,9 @@ import torch
 from chatloom.models.checkpoint import load_causal_lm
 from chatloom.models.generation import stream_tokens
 from chatloom.models.sampling import Sampling
-from chatloom.serving.prompts import ContextLengthError, Message, Prompts
+from chatloom.serving.prompts import Message, Prompts
 from chatloom.serving.text import AnswerText, FinishReason, StopScanner
 
-__all__ = ["Answer", "ContextLengthError", "Engine", "Generation", "Message"]
 log = logging.getLogger(__name__)
 
 

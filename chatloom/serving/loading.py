@@ -8,6 +8,7 @@ from pathlib import Path
 
 from chatloom.errors import InputError
 from chatloom.registry.hashes import dvc_md5
+from chatloom.registry.lineage import NONE, WEIGHTS_TAG
 from chatloom.registry.resolve import Resolved
 from chatloom.serving.batches import NativeBatch
 from chatloom.serving.engine import Engine
@@ -15,9 +16,6 @@ from chatloom.serving.options import Options
 from chatloom.serving.scheduler import Scheduler
 from chatloom.serving.served import Model, Served, check
 from chatloom.serving.vllm_batch import open_vllm
-
-WEIGHTS_TAG = "dvc.model"
-"""Tag of a version with DVC's hash of the checkpoint that was registered."""
 
 
 def open_model(path: Path, device: str, options: Options) -> Model:
@@ -63,8 +61,8 @@ def opener(device: str, options: Options) -> Callable[[Resolved], Served]:
 
 def require_registered_bytes(resolved: Resolved) -> None:
     """Raise where the checkpoint is not, byte for byte, the one that was registered: safetensors have no checksum."""
-    registered = resolved.tags.get(WEIGHTS_TAG, "none")
-    if registered != "none" and (found := dvc_md5(resolved.path)) != registered:
+    registered = resolved.tags.get(WEIGHTS_TAG, NONE)
+    if registered != NONE and (found := dvc_md5(resolved.path)) != registered:
         raise InputError(
             f"{resolved.path}: its files have the hash {found}, version {resolved.version} was registered with "
             f"{registered}: a file is damaged or missing; look with `chatloom verify`, or register it again"

@@ -19,15 +19,10 @@ import pytest
 import yaml
 
 from flows import ui
+from tests.loopback import free_port
 
 REPO = Path(__file__).resolve().parents[2]
 STAGES = list(yaml.safe_load((REPO / "dvc.yaml").read_text())["stages"])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_until(what: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 180) -> Any:

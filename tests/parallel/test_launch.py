@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from chatloom.config import Parallel
 from chatloom.errors import InputError
 from chatloom.parallel import launch
 from tests.conftest import ROOT
+from tests.loopback import free_port
 
 TWO = Parallel(strategy="ddp", num_processes=2, tensor_size=1, hostfile=None)
 
@@ -122,11 +122,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
             process.communicate()
 
 
-def free_port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return str(server.getsockname()[1])
-
-
 def wait_for(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 240
     while not condition():
@@ -169,7 +164,7 @@ def test_two_nodes_of_a_hostfile_meet_and_fail_together(start: Start, tmp_path: 
     """Two launchers on loopback, each with a process of its own."""
     hosts = tmp_path / "hosts"
     hosts.write_text("127.0.0.1\n127.0.0.2\n")
-    port = free_port()
+    port = str(free_port())
     nodes = [start(str(hosts), NODE_RANK=str(node), MASTER_PORT=port) for node in (0, 1)]
     errors = sum_and_fail(nodes, tmp_path)
     assert "rank 1: Traceback (most recent call last)" in errors[1]
@@ -194,7 +189,7 @@ def test_one_command_starts_the_nodes_of_a_hostfile_by_colossalai_run(start: Sta
     """Both names are this machine, which `colossalai run` reaches without ssh."""
     hosts = tmp_path / "hosts"
     hosts.write_text("127.0.0.1\nlocalhost\n")
-    (errors,) = sum_and_fail([start(str(hosts), MASTER_PORT=free_port())], tmp_path)
+    (errors,) = sum_and_fail([start(str(hosts), MASTER_PORT=str(free_port()))], tmp_path)
     assert "ZeroDivisionError: in the middle of rank 1" in errors
 
 
@@ -210,7 +205,7 @@ def test_ranks_that_others_start_find_each_other(
     by: str, environment: dict[str, str], start: Start, tmp_path: Path
 ) -> None:
     """By what a PyTorchJob or `srun` puts into the environment of each."""
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [{name: text.format(rank=rank) for name, text in environment.items()} for rank in (0, 1)]
     errors = sum_and_fail([start(**rank, **meeting) for rank in ranks], tmp_path)
     assert "ZeroDivisionError: in the middle of rank 1" in errors[1]

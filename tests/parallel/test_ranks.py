@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from datetime import timedelta
 from itertools import chain
 
@@ -14,6 +13,7 @@ from chatloom.config import Parallel, TrainSftParams
 from chatloom.device import own_gpu
 from chatloom.errors import InputError
 from chatloom.parallel.ranks import ALONE, Ranks, connect, shares
+from tests.loopback import free_port
 from tests.parallel.parity import train_sft_params
 
 
@@ -77,8 +77,7 @@ def test_another_number_of_processes_than_params_say_is_named(monkeypatch: pytes
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_ranks_that_do_not_come_are_told_where_they_were_waited_for(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
+    port = str(free_port())
     environment = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
 from chatloom.data.rankings import read_rankings
 from chatloom.ranking.app import create_app
 from tests.chromium import open_browser
+from tests.loopback import running
 from tests.ranking.test_app import CANDIDATES
 
 pytestmark = pytest.mark.smoke
@@ -22,18 +21,8 @@ pytestmark = pytest.mark.smoke
 @pytest.fixture
 def address(tmp_path: Path) -> Iterator[str]:
     """A server of the page; rankings go to the test's folder."""
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(CANDIDATES[:3], tmp_path / "said", overlap=1.0), port=0, log_level="error")
-    )
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        thread.join(0.01)
-        assert thread.is_alive()
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}/"
-    server.should_exit = True
-    thread.join()
+    with running(create_app(CANDIDATES[:3], tmp_path / "said", overlap=1.0)) as url:
+        yield f"{url}/"
 
 
 @pytest.fixture

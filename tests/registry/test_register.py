@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,7 +27,9 @@ from chatloom.registry.hashes import dvc_md5
 from chatloom.registry.register import REQUIREMENTS, Registered, register
 from chatloom.registry.resolve import resolve
 from chatloom.registry.versions import describe, read_version
-from chatloom.serving.engine import Engine, Message
+from chatloom.serving.engine import Engine
+from chatloom.serving.prompts import Message
+from tests.loopback import free_port
 
 NAME = "tiny-chat"
 SOURCE = {
@@ -297,8 +298,7 @@ def test_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.smoke
 def test_mlflow_models_serve(versions: tuple[Registered, Registered], store: str, checkpoint: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     programs = Path(sys.executable).parent  # MLflow finds uvicorn by PATH
     serve = ["models", "serve", "-m", f"models:/{NAME}@champion", "--env-manager", "local", "-p", str(port)]
     server = subprocess.Popen(

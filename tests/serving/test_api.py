@@ -16,7 +16,8 @@ from chatloom.serving.api import create_app
 from chatloom.serving.engine import Engine
 from chatloom.serving.options import Options
 from chatloom.serving.prompts import Message
-from tests.serving.server import LINEAGE, busy, poll, running, serving
+from tests.loopback import poll, running
+from tests.serving.server import LINEAGE, busy, serving
 
 HELLO, COUNT = [{"role": "user", "content": "你好"}], [{"role": "user", "content": "count"}]
 ANSWER, COUNTED = "你好，世界！龘😀 end", "one two three four five six"

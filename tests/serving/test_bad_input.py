@@ -12,7 +12,8 @@ import httpx
 import pytest
 
 from chatloom.serving.engine import Engine
-from tests.serving.server import busy, poll, serving
+from tests.loopback import poll
+from tests.serving.server import busy, serving
 
 HELLO, COUNT = [{"role": "user", "content": "你好"}], [{"role": "user", "content": "count"}]
 ANSWER = "你好，世界！龘😀 end"

@@ -7,7 +7,8 @@ import pytest
 
 from chatloom.errors import InputError
 from chatloom.models.sampling import Sampling
-from chatloom.serving.engine import Answer, ContextLengthError, Engine, Message
+from chatloom.serving.engine import Answer, Engine
+from chatloom.serving.prompts import ContextLengthError, Message
 
 GREEDY = Sampling(max_new_tokens=64, temperature=0.0)
 HELLO, COUNT = [Message("user", "你好")], [Message("user", "count")]

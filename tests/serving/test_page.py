@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
 from chatloom.data.raw import ingest, read_raw
 from chatloom.serving.api import create_app
@@ -22,6 +19,7 @@ from chatloom.serving.options import Options
 from tests.chromium import open_browser
 from tests.conftest import ROOT
 from tests.data.factories import raw_params, source
+from tests.loopback import running
 
 pytestmark = pytest.mark.smoke
 
@@ -43,20 +41,10 @@ Open = Callable[..., Any]
 
 @contextmanager
 def serving(engine: Engine, feedback: Path) -> Iterator[str]:
-    """Address of a server on a free port; a request waits in the socket until the server is up."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        app = create_app(engine, "tiny", LINEAGE, version="3", options=Options(feedback=feedback))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            address = f"http://127.0.0.1:{listening.getsockname()[1]}/"
-            httpx.get(f"{address}health", timeout=30).raise_for_status()
-            yield address
-        finally:
-            server.should_exit = True
-            thread.join(timeout=30)
-            assert not thread.is_alive()
+    """Address of a server of the page."""
+    app = create_app(engine, "tiny", LINEAGE, version="3", options=Options(feedback=feedback))
+    with running(app) as url:
+        yield f"{url}/"
 
 
 @pytest.fixture(scope="module")

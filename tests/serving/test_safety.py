@@ -13,7 +13,8 @@ import pytest
 
 from chatloom.serving.engine import Engine
 from chatloom.serving.keys import add_key, remove_key
-from tests.serving.server import poll, serving
+from tests.loopback import poll
+from tests.serving.server import serving
 
 BASE: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "count"}], "temperature": 0}
 CHAT = "/v1/chat/completions"

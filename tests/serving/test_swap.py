@@ -6,7 +6,6 @@ import asyncio
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -33,7 +32,7 @@ from chatloom.serving.metrics import Metrics
 from chatloom.serving.options import Options
 from chatloom.serving.served import Served, Slot
 from chatloom.serving.swap import Watcher
-from tests.serving.server import poll, running
+from tests.loopback import free_port, poll, running
 
 NAME = "tiny-chat"
 BODY: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": "count"}], "temperature": 0}
@@ -206,8 +205,7 @@ def test_weights_that_are_no_numbers(chat: ChatModel, parrot: Engine) -> None:
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A MLflow server of its own, which is MLflow's store here."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     options = {"backend-store-uri": f"sqlite:///{tmp_path}/mlflow.db", "artifacts-destination": str(tmp_path / "files")}
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += [word for name, value in options.items() for word in (f"--{name}", value)]
