@@ -18,8 +18,7 @@ from chatloom.errors import InputError
 from chatloom.models import four_bit
 from chatloom.models.adapters import Role, adapter_parameters, add_adapter, merge_adapter, trainable
 from chatloom.models.checkpoint import load_on, save_causal_lm
-from chatloom.models.head import ScalarHead
-from chatloom.models.reward_model import ADAPTER, load_reward_model, read_probes, save_reward_model
+from chatloom.models.reward_model import load_reward_model, read_probes, save_reward_model
 from chatloom.packing import pack
 from chatloom.parallel.shapes import Shape, nf4_bytes
 from chatloom.ppo.experience import make_experience, roll_out
@@ -110,13 +109,7 @@ def test_what_a_stage_writes_is_an_ordinary_checkpoint_of_what_was_trained(
 
 
 def reward_model(checkpoint: Path, folder: Path, lora: Lora) -> Role:
-    model = load_on(checkpoint, CPU, lora.base_bits).model
-    add_adapter(model, ADAPTER, lora, seed=3)
-    role = Role(model, ADAPTER, ScalarHead(model.config.hidden_size, torch.Generator().manual_seed(1)))
-    for parameter in role.parameters():
-        parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7))
-    assert role.head is not None
-    role.head.normalize(torch.tensor([0.0, 0.5, 1.5]))
+    role = test_ppo.reward_role(checkpoint, lora)
     folder.mkdir()
     save_reward_model(folder, role, lora, checkpoint, [example.input_ids for example in EXAMPLES])
     return role

@@ -362,6 +362,12 @@ def test_the_ends_of_the_unit_interval() -> None:
     assert sample(logits, [Sampling(1)], [1 - 2**-53]) == [3]
 
 
+@pytest.mark.parametrize("setting", [Sampling(1, top_p=5e-324), Sampling(1, temperature=5e-324)], ids=str)
+def test_the_least_settings_leave_the_likeliest_token(setting: Sampling) -> None:
+    logits = torch.tensor([[-90.0, 80.0, 79.0, 0.0]]).log_softmax(-1)
+    assert [sample(logits, [setting], [uniform]) for uniform in (0.0, 0.5, 1 - 2**-53)] == [[1]] * 3
+
+
 def test_each_row_has_its_own_settings() -> None:
     logits = torch.log(torch.tensor([[0.1, 0.2, 0.7]])).expand(4, 3)
     settings = [Sampling(1, temperature=0), Sampling(1), Sampling(1, top_p=0.5), Sampling(1, temperature=100.0)]

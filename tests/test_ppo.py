@@ -91,17 +91,22 @@ def stopping(roles: Roles) -> Roles:
     return dataclasses.replace(roles, chat=chat)
 
 
-def make_reward_model(checkpoint: Path, folder: Path, lora: Lora) -> Path:
+def reward_role(checkpoint: Path, lora: Lora) -> Role:
     """A LoRA reward model on `checkpoint`, not trained but no longer what it started as."""
-    model = load_on(checkpoint, CPU).model
+    model = load_on(checkpoint, CPU, lora.base_bits).model
     add_adapter(model, ADAPTER, lora, seed=3)
     role = Role(model, ADAPTER, ScalarHead(model.config.hidden_size, torch.Generator().manual_seed(1)))
     for parameter in role.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7))
     assert role.head is not None
     role.head.normalize(torch.tensor([0.0, 0.5, 1.5]))
+    return role
+
+
+def make_reward_model(checkpoint: Path, folder: Path, lora: Lora) -> Path:
+    """The same, saved."""
     folder.mkdir()
-    save_reward_model(folder, role, lora, checkpoint)
+    save_reward_model(folder, reward_role(checkpoint, lora), lora, checkpoint)
     return folder
 
 

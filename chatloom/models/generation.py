@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from chatloom.models.decoder import Decoder, ModelDecoder
@@ -55,8 +56,15 @@ class Engine:
     the batch, but for rounding. For one thread.
     """
 
-    def __init__(self, decoder: Decoder, batch_size: int) -> None:
-        self._decoder, self._batch_size = decoder, batch_size
+    def __init__(
+        self, decoder: Decoder, batch_size: int, warp: Callable[[Tensor, list[int]], Tensor] = lambda logits, _: logits
+    ) -> None:
+        """
+        Args:
+            warp: gets the (requests, V) logits of a step and the requests' numbers, and gives what is sampled from; the
+                events of the step have the same order.
+        """
+        self._decoder, self._batch_size, self._warp = decoder, batch_size, warp
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []
         """In the order of the decoder's rows."""
@@ -90,7 +98,9 @@ class Engine:
         logits = self._decoder.extend([request.last for request in self._running], [r.prompt for r in joining])
         self._running += joining
         tokens = sample(
-            logits, [request.sampling for request in self._running], [r.uniforms.random() for r in self._running]
+            self._warp(logits, [request.number for request in self._running]),
+            [request.sampling for request in self._running],
+            [request.uniforms.random() for request in self._running],
         )
         events = [request.take(token) for request, token in zip(self._running, tokens, strict=True)]
         for row in reversed(range(len(events))):  # from the end: the row that takes a place has been looked at

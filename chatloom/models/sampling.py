@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LEAST_TEMPERATURE = 1e-5
+"""Below it the likeliest token has all of the probability anyway, and logits divided by it leave float32."""
+
 SECTION = 256
 """Tokens whose probabilities are summed before the cumulative sum, so that only B * V / 256 numbers are float64."""
 
@@ -35,7 +38,7 @@ def sample(logits: Tensor, settings: Sequence[Sampling], uniforms: Sequence[floa
     greedy = [s.temperature == 0 for s in settings]
     if all(greedy):
         return _integers(logits.argmax(-1))
-    temperatures = [s.temperature or 1.0 for s in settings]
+    temperatures = [max(s.temperature, LEAST_TEMPERATURE) if s.temperature else 1.0 for s in settings]
     scaled = logits.float()
     if any(temperature != 1 for temperature in temperatures):
         scaled = scaled / torch.tensor(temperatures, device=logits.device)[:, None]
@@ -50,9 +53,11 @@ def sample(logits: Tensor, settings: Sequence[Sampling], uniforms: Sequence[floa
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """(V) with 0 for all but the likeliest tokens whose sum reaches `top_p`."""
+    """(V) with 0 for all but the likeliest tokens whose sum reaches `top_p`; at least one token stays."""
     ordered, index = probabilities.sort(descending=True)
-    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+    outside = ordered.cumsum(-1) - ordered >= top_p
+    outside[0] = False  # in float32, a tiny top_p is 0
+    ordered[outside] = 0
     return torch.zeros_like(probabilities).scatter_(-1, index, ordered)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor
 
 from chatloom.models.checkpoint import ChatModel
-from chatloom.models.generation import PREFILL_TOKENS, open_decoder
-from chatloom.models.sampling import Sampling, sample
+from chatloom.models.generation import Engine, Event, open_decoder
+from chatloom.models.sampling import Sampling
 from chatloom.serving.logits import Logprobs, Penalties, keep_top, logprobs_of, penalize
 
 
@@ -57,90 +56,59 @@ class Batch(Protocol):
 class _Row:
     number: int
     request: Request
-    uniforms: random.Random
-    """Asked once a token, so that the token at a position depends on the seed and the position alone."""
     answer: Counter[int] = field(default_factory=Counter)
-    last: int = -1
-
-    def take(self, token: int, stop_ids: frozenset[int], logits: Tensor) -> Token:
-        self.answer[token] += 1
-        self.last = token
-        told = self.request.num_logprobs
-        return Token(
-            self.number,
-            token,
-            token in stop_ids or self.answer.total() == self.request.sampling.max_new_tokens,
-            None if told is None else logprobs_of(logits, token, told),
-        )
 
 
 class NativeBatch:
-    """The project's own decoders: what a request gets depends on no other one but for rounding."""
+    """The project's own engine, with penalties, top-k and logprobs: what a request gets depends on no other one but for
+    rounding."""
 
     def __init__(self, chat_model: ChatModel, size: int) -> None:
         """
         Args:
             size: requests at once. On a CPU the decoder has its own copy of 16-bit weights, in its fastest layout.
         """
-        self._decoder = open_decoder(chat_model.model, size, snapshot=chat_model.device.type == "cpu")
-        self._stop_ids, self._size = frozenset(chat_model.stop_ids), size
-        self._waiting: deque[_Row] = deque()
-        self._rows: list[_Row] = []
-        """In the order of the decoder's rows."""
+        decoder = open_decoder(chat_model.model, size, snapshot=chat_model.device.type == "cpu")
+        self._engine, self._stop_ids = Engine(decoder, size, self._warped), chat_model.stop_ids
+        self._rows: dict[int, _Row] = {}
+        """By their number with the engine."""
+        self._logits: list[Tensor] = []
+        """(V) of each request in the step that is under way, as the model gave them."""
 
     def add(self, number: int, request: Request) -> None:
-        self._waiting.append(_Row(number, request, random.Random(request.seed)))
+        own = self._engine.add(request.prompt_ids, request.sampling, stop_ids=self._stop_ids, seed=request.seed)
+        self._rows[own] = _Row(number, request)
 
     def cancel(self, number: int) -> None:
-        self._waiting = deque(row for row in self._waiting if row.number != number)
-        for place, row in enumerate(self._rows):
-            if row.number == number:
-                self._leave(place)
-                return
+        for own in [own for own, row in self._rows.items() if row.number == number]:
+            self._engine.cancel(own)
+            del self._rows[own]
 
     @torch.inference_mode()
     def step(self) -> list[Token]:
-        joining = self._admit()
-        if not self._rows and not joining:
-            return []
-        logits = self._decoder.extend([row.last for row in self._rows], [row.request.prompt_ids for row in joining])
-        self._rows += joining
-        ids = sample(
-            self._warped(logits),
-            [row.request.sampling for row in self._rows],
-            [row.uniforms.random() for row in self._rows],
-        )
-        tokens = [row.take(id, self._stop_ids, own) for row, id, own in zip(self._rows, ids, logits, strict=True)]
-        for place in reversed(range(len(tokens))):  # from the end: the row that takes a place has been looked at
-            if tokens[place].last:
-                self._leave(place)
-        return tokens
+        self._logits = []
+        events = self._engine.step()
+        return [self._token(event, logits) for event, logits in zip(events, self._logits, strict=True)]
 
-    def _admit(self) -> list[_Row]:
-        joining: list[_Row] = []
-        room = PREFILL_TOKENS
-        while self._waiting and len(self._rows) + len(joining) < self._size:
-            room -= len(self._waiting[0].request.prompt_ids)
-            if joining and room < 0:
-                break
-            joining.append(self._waiting.popleft())
-        return joining
+    def _token(self, event: Event, logits: Tensor) -> Token:
+        row, last = self._rows[event.request], event.finish is not None
+        row.answer[event.token] += 1
+        if last:
+            del self._rows[event.request]
+        told = row.request.num_logprobs
+        return Token(row.number, event.token, last, None if told is None else logprobs_of(logits, event.token, told))
 
-    def _warped(self, logits: Tensor) -> Tensor:
+    def _warped(self, logits: Tensor, numbers: list[int]) -> Tensor:
         """What is sampled from; logprobs are told of `logits` themselves."""
-        if not any(row.request.top_k or not row.request.penalties.neutral for row in self._rows):
+        self._logits = list(logits)
+        rows = [self._rows[number] for number in numbers]
+        if not any(row.request.top_k or not row.request.penalties.neutral for row in rows):
             return logits
         logits = logits.to(torch.float32, copy=True)
-        for own, row in zip(logits, self._rows, strict=True):
+        for own, row in zip(logits, rows, strict=True):
             request = row.request
             if not request.penalties.neutral:
                 penalize(own, request.penalties, request.prompt_ids, row.answer)
             if request.top_k is not None:
                 keep_top(own, request.top_k)
         return logits
-
-    def _leave(self, place: int) -> None:
-        self._decoder.drop(place)
-        last = self._rows.pop()
-        if place < len(self._rows):
-            self._rows[place] = last

@@ -34,7 +34,7 @@ class GenerationRequest(BaseModel):
     top_k: Annotated[int, Field(ge=1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
 
     @model_validator(mode="after")
     def _open_end(self) -> Self:

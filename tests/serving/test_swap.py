@@ -224,6 +224,7 @@ def registry(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     try:
         poll(up, seconds=240)
         mlflow.set_tracking_uri(f"http://127.0.0.1:{port}")
+        mlflow.set_experiment("swap")  # MLflow remembers the number of the last one, whatever its store
         yield process
     finally:
         mlflow.set_tracking_uri(before)
