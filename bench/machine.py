@@ -28,3 +28,9 @@ def cpu_fields(text: str) -> dict[str, str]:
     """Of the first processor that `text`, in the format of /proc/cpuinfo, lists."""
     lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
     return {name.strip(): value.strip() for name, _, value in lines}
+
+
+def resident(field: str) -> int:
+    """Bytes of VmRSS (now) or VmHWM (at the most) of this process."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

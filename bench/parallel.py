@@ -31,6 +31,9 @@ from chatloom.config import Strategy
 from chatloom.data.prepared import PreparedRow, write_split
 from chatloom.errors import InputError
 from chatloom.files import write_json
+from chatloom.parallel.memory import Job as PlannedJob
+from chatloom.parallel.memory import moments
+from chatloom.parallel.shapes import Shape
 
 PROCESSES = 2
 ROWS_PER_STEP = 8
@@ -68,7 +71,7 @@ def main(
             found = {strategy: run(strategy, folder, checkpoint, steps) for strategy in STRATEGIES}
             results["rounds"].append(found)
             typer.echo(f"round {number + 1}: " + ", ".join(f"{k} {slowest(v):.2f} s" for k, v in found.items()))
-    results["table"] = table(results["rounds"], steps)
+        results["table"] = table(results["rounds"], steps, Shape.named(str(checkpoint)))
     for line in results["table"]:
         typer.echo(line)
     if not smoke:
@@ -115,14 +118,20 @@ def slowest(found: dict[str, Any]) -> float:
     return max(float(seen["seconds"]) for seen in found["processes"])
 
 
-def table(rounds: Sequence[dict[str, Any]], steps: int) -> list[str]:
+def planned(shape: Shape, strategy: Strategy, processes: int, most_tokens: int) -> float:
+    """Bytes that `chatloom plan` counts for one process whose largest microbatch has `most_tokens`."""
+    job = PlannedJob("sft", strategy, processes, batch=1, seq=most_tokens)
+    return max(memory.total for memory in moments(shape, job).values())
+
+
+def table(rounds: Sequence[dict[str, Any]], steps: int, shape: Shape) -> list[str]:
     """Medians of the rounds as lines of Markdown; ratios are of the two runs of one round."""
     lines = [
         "| strategy | seconds a step | over one process (lowest to highest) | waiting for rows | to start | "
-        "to the end of the first step | peak memory a process | last loss | met |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "to the end of the first step | peak memory a process | of it over imports | planned | last loss | met |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for strategy in rounds[0]:
+    for strategy in (name for name in STRATEGIES if name in rounds[0]):
         runs = [found[strategy] for found in rounds]
         ratios = [slowest(found[strategy]) / slowest(found[ALONE]) for found in rounds]
         step = median(map(slowest, runs)) / (steps - 1)
@@ -130,12 +139,18 @@ def table(rounds: Sequence[dict[str, Any]], steps: int) -> list[str]:
         def largest(name: str, runs: Sequence[dict[str, Any]] = runs) -> float:
             return median(max(float(seen[name]) for seen in found["processes"]) for found in runs)
 
+        over_imports = median(
+            max(seen["peak_bytes"] - seen["imported_bytes"] for seen in found["processes"]) for found in runs
+        )
+        plan = planned(shape, strategy, len(runs[0]["processes"]), int(largest("most_tokens")))
         idle = median(max(seen["waited"] / seen["seconds"] for seen in found["processes"]) for found in runs)
         met = "yes" if median(ratios) <= OVERHEAD and idle < IDLE else "no"
         lines.append(
             f"| `{strategy}` | {step:.3g} | {median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f}) | "
             f"{100 * idle:.2g} % | {largest('to_start'):.1f} s | {largest('to_first_step'):.1f} s | "
-            f"{largest('peak_bytes') / 2**30:.2f} GiB | {largest('loss'):.3f} | {met if strategy != ALONE else ''} |"
+            f"{largest('peak_bytes') / 2**30:.2f} GiB | "
+            f"{over_imports / 2**30:.2f} GiB | {plan / 2**30:.2f} GiB | {largest('loss'):.3f} | "
+            f"{met if strategy != ALONE else ''} |"
         )
     return lines
 

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig
 
-from bench.machine import describe_machine
+from bench.machine import describe_machine, resident
 from bench.presets import ROOT
 from chatloom.files import atomic_dir, write_json
 from chatloom.models.checkpoint import load_causal_lm
@@ -109,11 +109,11 @@ def main(
 @app.command(hidden=True)
 def answer(folder: Path, tokens: int) -> None:
     """What the fresh process does: load, answer a prompt of random tokens, print the figures as JSON."""
-    after_imports = _resident("VmRSS")
+    after_imports = resident("VmRSS")
     started = time.perf_counter()
     chat = load_causal_lm(folder, "cpu", "auto")
     loaded = time.perf_counter()
-    loaded_bytes, load_peak = _resident("VmRSS"), _resident("VmHWM")
+    loaded_bytes, load_peak = resident("VmRSS"), resident("VmHWM")
     sampling = Sampling(64, temperature=0.0)
     generator = torch.Generator().manual_seed(SEED)
     prompt = torch.randint(chat.model.config.vocab_size, (tokens - 64,), generator=generator).tolist()
@@ -123,7 +123,7 @@ def answer(folder: Path, tokens: int) -> None:
         after_imports_bytes=after_imports,
         loaded_bytes=loaded_bytes,
         load_peak_bytes=load_peak,
-        peak_bytes=_resident("VmHWM"),
+        peak_bytes=resident("VmHWM"),
         load_seconds=loaded - started,
         prompt_seconds=ends[0] - answering,
         prompt_tokens=len(prompt),
@@ -231,12 +231,6 @@ def _answer_elsewhere(folder: Path, tokens: int) -> Answered:
     command = [sys.executable, "-m", "bench.seven_b", "answer", str(folder.resolve()), str(tokens)]
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return Answered(**json.loads(done.stdout.splitlines()[-1]))
-
-
-def _resident(field: str) -> int:
-    """Bytes of VmRSS (now) or VmHWM (at the most) of this process."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from bench.results import Machine, Measurement, Result, Run, read_measurements, 
 from bench.side import Training
 from chatloom.data.examples import Example
 from chatloom.errors import InputError
+from chatloom.parallel.shapes import Shape
 from tests.conftest import ROOT
 
 MACHINE = Machine(
@@ -313,7 +314,7 @@ def test_lines_of_a_stream() -> None:
 def test_processes_are_compared_within_a_round_and_the_slowest_counts() -> None:
     def seen(seconds: float, waited: float) -> dict[str, float]:
         found = {"seconds": seconds, "waited": waited, "to_start": 3.0, "to_first_step": 5.0, "loss": 1.5}
-        return found | {"peak_bytes": 2**30}
+        return found | {"peak_bytes": 3 * 2**30, "imported_bytes": 2**30, "most_tokens": 8}
 
     def ran(*processes: dict[str, float]) -> dict[str, Any]:
         return {"processes": list(processes)}
@@ -323,9 +324,12 @@ def test_processes_are_compared_within_a_round_and_the_slowest_counts() -> None:
         {"none": ran(seen(20, 0)), "ddp": ran(seen(30, 0.1), seen(20, 0.3))},
         {"none": ran(seen(10, 0)), "ddp": ran(seen(11, 0.11), seen(11, 0.11))},
     ]
-    none, ddp = [line.split(" | ") for line in table(rounds, 6)[2:]]
+    none, ddp = [line.split(" | ") for line in table(rounds, 6, Shape.named("llama-7b"))[2:]]
     assert none[1:3] == ["2", "1.00x (1.00 to 1.00)"]
     assert ddp[1:4] == ["2.4", "1.20x (1.10 to 1.50)", "1 %"]
+    assert none[6:8] == ["3.00 GiB", "2.00 GiB"]
+    # 6.738 G parameters: 2 bytes of weights, 4 of gradients in the step, 12 of masters and moments.
+    assert float(none[8].removesuffix(" GiB")) == pytest.approx(18 * 6.738415616e9 / GIB, rel=0.01)
     assert ddp[-1] == "yes |"
     assert none[-1] == " |"
 

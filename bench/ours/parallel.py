@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from unittest.mock import patch
 
 import torch
 
+from bench.machine import resident
 from bench.ours.training import StepLog, optimizer
 from bench.presets import preset_params
 from chatloom import batches, packing
 from chatloom.config import Parallel, Strategy, TrainSftParams
-from chatloom.data.examples import Examples
+from chatloom.data.examples import Example, Examples
 from chatloom.data.prepared import read_split
 from chatloom.device import resolve_device
 from chatloom.models.adapters import trainable
@@ -58,6 +59,10 @@ class Seen:
     waited: float
     """Of them, for rows: drawing, reading and packing them."""
     peak_bytes: int
+    imported_bytes: int
+    """Resident when all was imported and nothing loaded."""
+    most_tokens: int
+    """Of one microbatch."""
     threads: int
     loss: float
     """Of the last step."""
@@ -95,9 +100,8 @@ def train(job: Job) -> None:
     """Train as the stage does, and write what was seen."""
     params = params_of(job)
     device = resolve_device("cpu", "bfloat16", 0)
-    policy = trainable(Path(job.checkpoint), "sft", params, device)
     log, waiting = StepLog("train/loss"), Waiting()
-    first_step_over = 0.0
+    first_step_over, most_tokens = 0.0, 0
 
     def step_ends(step: int, metrics: Mapping[str, float]) -> None:
         nonlocal first_step_over
@@ -105,12 +109,22 @@ def train(job: Job) -> None:
         if step == 1:
             first_step_over, waiting.seconds = time.time(), 0.0
 
+    def packed(rows: Sequence[Example], where: torch.device) -> packing.Packed:
+        nonlocal most_tokens
+        found = packing.pack(rows, where)
+        most_tokens = max(most_tokens, sum(found.lengths))
+        return found
+
     with connect("train_sft", params.parallel, device.device) as ranks:
+        if job.strategy.startswith("colossalai"):
+            importlib.import_module("chatloom.parallel.zero")  # else its modules would count as what training needs
+        imported = resident("VmRSS")
+        policy = trainable(Path(job.checkpoint), "sft", params, device)
         connected = time.time()
         examples = Examples(read_split(Path(job.split)))
         with (
             patch("chatloom.sft.steps", waiting.iterate(batches.steps)),
-            patch("chatloom.sft.pack", waiting.call(packing.pack)),
+            patch("chatloom.sft.pack", waiting.call(packed)),
         ):
             train_sft(policy, examples, {}, params, device.device, step_ends, None, ranks)
     seen = Seen(
@@ -118,7 +132,9 @@ def train(job: Job) -> None:
         to_first_step=first_step_over - job.started,
         seconds=log.clock.seconds,
         waited=waiting.seconds,
-        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_bytes=resident("VmHWM"),
+        imported_bytes=imported,
+        most_tokens=most_tokens,
         threads=torch.get_num_threads(),
         loss=log.values["train/loss"][-1],
     )
