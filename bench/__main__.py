@@ -12,12 +12,12 @@ import typer
 from rich.console import Console
 
 from bench.measure import Setup, measure
+from bench.pages import BENCHMARKS, fill
 from bench.parts import PARTS, select
 from bench.presets import ROOT
-from bench.report import Measured, all_lines, all_points, insert, markdown, measured_parts, terminal_tables
+from bench.report import Measured, all_lines, all_points, markdown, measured_parts, terminal_tables
 from bench.results import read_measurements
 from chatloom.errors import InputError
-from chatloom.files import atomic_file
 
 T = TypeVar("T")
 WORKSPACE = ROOT / ".bench"
@@ -54,15 +54,13 @@ def main(
 @app.command()
 def report(
     results: Annotated[Path, typer.Option(help="Folder of the JSON files.")] = RESULTS,
-    page: Annotated[Path, typer.Option(help="Page whose results are written anew.")] = ROOT / "docs" / "benchmarks.md",
+    page: Annotated[Path, typer.Option(help="Page whose results are written anew.")] = BENCHMARKS,
 ) -> None:
     """Show all results again, and write them into the page."""
     measured = _read(results)
     show(measured)
     pictures = [os.path.relpath(picture, page.parent) for picture in draw(measured, results)]
-    text = _or_exit(lambda: insert(page.read_text(encoding="utf-8"), markdown(measured, pictures)))
-    with atomic_file(page) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    _or_exit(lambda: fill(page, {"results": markdown(measured, pictures)}))
 
 
 def show(measured: Measured) -> None:

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -23,11 +24,13 @@ import psutil
 import typer
 
 from bench.machine import describe_machine
+from bench.pages import BENCHMARKS, fill
 from bench.presets import ROOT
 from chatloom.files import write_json
 
 PROCESSES = 2
 POLL_SECONDS = 0.1
+MOST_SECONDS, MOST_BYTES, MOST_RATIO = 60, 2e9, 3
 app = typer.Typer(add_completion=False)
 
 
@@ -60,9 +63,10 @@ def main(
             results["sizes"].append({"rows": size, **found})
             typer.echo(f"{size} rows: {describe(found)}, {size / found['seconds']:.0f} rows/s")
             resized.unlink()
-    ratios = [pair["ours"]["seconds"] / pair["plain"]["seconds"] for pair in results["rounds"]]
-    typer.echo(f"ours / plain: median {median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")
     write_json(out, results)
+    table = markdown(results)
+    typer.echo(table)
+    fill(BENCHMARKS, {"data": table})
 
 
 def run(module: str, rows: Path, checkpoint: Path, folder: Path) -> dict[str, Any]:
@@ -120,6 +124,35 @@ def resize(rows: Path, out: Path, size: int) -> None:
                 row["instruction"] = " ".join(f"{word}{copy}" for word in row["instruction"].split())
                 row["output"] = " ".join(f"{word}{copy}" for word in row["output"].split())
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Medians of the rounds, then a line for each size."""
+    rounds = results["rounds"]
+    ratios = [pair["ours"]["seconds"] / pair["plain"]["seconds"] for pair in rounds]
+
+    def line(name: str, runs: Sequence[dict[str, Any]], met: str) -> str:
+        seconds = [found["seconds"] for found in runs]
+        spread = f" ({min(seconds):.1f} to {max(seconds):.1f})" if len(runs) > 1 else ""
+        peak = max(found["peak_bytes"] for found in runs)
+        speed = runs[0]["rows_in"] / median(seconds)
+        return f"| {name} | {median(seconds):.1f}{spread} | {speed:,.0f} | {peak / 2**30:.2f} GiB | {met} |"
+
+    ours = [pair["ours"] for pair in rounds]
+    met = median([found["seconds"] for found in ours]) <= MOST_SECONDS
+    met = met and max(found["peak_bytes"] for found in ours) <= MOST_BYTES and median(ratios) <= MOST_RATIO
+    return "\n".join(
+        [
+            "| run | seconds | rows/s | peak memory | met |",
+            "| --- | --- | --- | --- | --- |",
+            line("`raw_data` and `prepare_data`", ours, "yes" if met else "no"),
+            line("plain `datasets.map`", [pair["plain"] for pair in rounds], ""),
+            *(line(f"ours, {found['rows_in']:,} rows", [found], "") for found in results["sizes"]),
+            "",
+            f"Ours takes {median(ratios):.2f} times the plain recipe ({min(ratios):.2f} to {max(ratios):.2f}); "
+            f"wanted: at most {MOST_RATIO}, {MOST_SECONDS} s and {MOST_BYTES / 1e9:.0f} GB.",
+        ]
+    )
 
 
 def describe(found: dict[str, Any]) -> str:

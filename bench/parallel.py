@@ -25,6 +25,7 @@ from bench.machine import describe_machine
 from bench.measure import LONGEST_PROMPT, run_process
 from bench.ours.assets import make_random_model, make_rows
 from bench.ours.parallel import Job
+from bench.pages import BENCHMARKS, fill
 from bench.presets import ROOT
 from bench.side import Row
 from chatloom.config import Strategy
@@ -76,6 +77,7 @@ def main(
         typer.echo(line)
     if not smoke:
         write_json(out, results)
+        fill(BENCHMARKS, {"parallel": "\n".join(results["table"])})
 
 
 def make_split(folder: Path, checkpoint: Path, source: str, count: int) -> None:

@@ -13,7 +13,6 @@ from bench.parts import OURS, PARTS, Comparison, Measure, Part
 from bench.results import Measurement, Result
 from chatloom.errors import InputError
 
-BEGIN, END = "<!-- begin: written by python -m bench report -->", "<!-- end -->"
 GIB = 2**30
 Measured = list[tuple[Part, Measurement]]
 
@@ -232,16 +231,3 @@ def _when(measurement: Measurement) -> tuple[str, ...]:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
-
-
-def insert(page: str, section: str) -> str:
-    """`page` with `section` between its markers, in place of what was there.
-
-    Raises:
-        InputError: where a marker is missing.
-    """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise InputError(f"the page has no place for results: it needs the lines {BEGIN!r} and {END!r}")
-    return f"{before}{begin}\n\n{section}\n\n{end}{after}"

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import typer
 
+from bench.pages import fill
 from bench.presets import ROOT
 from chatloom.config import Lora, Strategy
-from chatloom.files import atomic_file
 from chatloom.parallel.hardware import GIB, Hardware, load_hardware
 from chatloom.parallel.memory import Job
 from chatloom.parallel.plan import Plan, describe, largest_batch, plan
@@ -326,17 +326,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
-def filled(page: str, sections: dict[str, str]) -> str:
-    """`page` with each table in its place, between `<!-- begin: NAME -->` and `<!-- end: NAME -->`."""
-    for name, table in sections.items():
-        before, begin, rest = page.partition(f"<!-- begin: {name} -->")
-        _, end, after = rest.partition(f"<!-- end: {name} -->")
-        assert begin, f"the page has no place for {name}"
-        assert end, f"the place for {name} has no end"
-        page = f"{before}{begin}\n\n{table}\n\n{end}{after}"
-    return page
-
-
 def main() -> None:
     """Write the tables of docs/scaling.md and its pictures anew."""
     from bench.scaling_plots import draw  # matplotlib takes a second to import
@@ -344,9 +333,7 @@ def main() -> None:
     hardware = load_hardware()
     sections = tables(hardware)
     typer.echo("\n\n".join(sections.values()))
-    text = filled(PAGE.read_text(encoding="utf-8"), sections)
-    with atomic_file(PAGE) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    fill(PAGE, sections)
     draw(hardware, FIGURES)
 
 

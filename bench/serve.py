@@ -34,12 +34,12 @@ from bench.machine import describe_machine
 from bench.measure import DTYPE, LONGEST_PROMPT, SEED, run_process
 from bench.ours.assets import make_random_model, make_rows, read_source
 from bench.ours.first_token import Job as FirstToken
+from bench.pages import BENCHMARKS, fill
 from bench.parts import OURS
 from bench.presets import ROOT
-from bench.scaling import filled
 from bench.side import Rollouts
 from chatloom.errors import InputError
-from chatloom.files import atomic_file, write_json
+from chatloom.files import write_json
 from chatloom.models.checkpoint import load_tokenizer
 
 PEERS = "transformers-5.23"
@@ -137,13 +137,10 @@ def main(
 @app.command()
 def report(
     results: Annotated[Path, typer.Option(help="JSON file of the results.")] = RESULTS,
-    page: Annotated[Path, typer.Option(help="Page whose table is written anew.")] = ROOT / "docs" / "benchmarks.md",
+    page: Annotated[Path, typer.Option(help="Page whose table is written anew.")] = BENCHMARKS,
 ) -> None:
     """Write the results into the page."""
-    text = markdown(json.loads(results.read_text(encoding="utf-8")))
-    filled_page = filled(page.read_text(encoding="utf-8"), {"serve": text})
-    with atomic_file(page) as temporary:
-        temporary.write_text(filled_page, encoding="utf-8")
+    fill(page, {"serve": markdown(json.loads(results.read_text(encoding="utf-8")))})
 
 
 def measure(

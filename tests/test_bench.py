@@ -12,16 +12,17 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from bench import serve, seven_b
+from bench import data, quantization, serve, seven_b
 from bench.load import choices_of
 from bench.machine import cpu_fields
 from bench.measure import Setup, make_job, parse_result
 from bench.ours.arithmetic import training_flops
 from bench.ours.training import StepLog
+from bench.pages import BENCHMARKS, filled
 from bench.parallel import table
 from bench.parts import DEFAULTS, OURS, PACKING, PARTS, TUNED, Comparison, Part, Side, select
 from bench.plots import plot_ratios, plot_scaling
-from bench.report import BEGIN, END, cells, insert, lines_of, markdown, measured_parts, points_of
+from bench.report import cells, lines_of, markdown, measured_parts, points_of
 from bench.results import Machine, Measurement, Result, Run, read_measurements, write_measurement
 from bench.side import Training
 from chatloom.data.examples import Example
@@ -165,7 +166,8 @@ def test_results_of_other_sides_are_refused() -> None:
 
 def test_the_page_gets_the_tables_between_its_markers_and_keeps_the_rest() -> None:
     measured = measured_parts({"sft_full": measurement("sft_full", sft_round(300, 50, 80, 60))})
-    page = insert(f"before\n{BEGIN}\nold\n{END}\nafter\n", markdown(measured, ["results/ratios.png"]))
+    sections = {"results": markdown(measured, ["results/ratios.png"])}
+    page = filled("before\n<!-- begin: results -->\nold\n<!-- end: results -->\nafter\n", sections)
     assert page.startswith("before\n")
     assert page.endswith("\nafter\n")
     assert "old" not in page
@@ -176,13 +178,15 @@ def test_the_page_gets_the_tables_between_its_markers_and_keeps_the_rest() -> No
     assert "| sft_full | TRL (tuned) | 60 tokens/s | 9.00 GiB | 2.5 |  |  |" in page
     assert "a processor, 2 cores (avx2), 8 GiB" in page
     assert "![ratios](results/ratios.png)" in page
-    assert insert(page, markdown(measured, ["results/ratios.png"])) == page
+    assert filled(page, sections) == page
     with pytest.raises(InputError, match="no place"):
-        insert("a page without them", "")
+        filled("a page without them", sections)
 
 
 def test_the_documents_page_has_its_markers() -> None:
-    assert "new" in insert((ROOT / "docs/benchmarks.md").read_text(encoding="utf-8"), "new")
+    page = BENCHMARKS.read_text(encoding="utf-8")
+    for name in ("data", "parallel", "serve", "quantization", "results"):
+        assert f"new {name}" in filled(page, {name: f"new {name}"})
 
 
 def test_a_smoke_run_never_gets_into_the_page() -> None:
@@ -332,6 +336,27 @@ def test_processes_are_compared_within_a_round_and_the_slowest_counts() -> None:
     assert float(none[8].removesuffix(" GiB")) == pytest.approx(18 * 6.738415616e9 / GIB, rel=0.01)
     assert ddp[-1] == "yes |"
     assert none[-1] == " |"
+
+
+def test_the_table_of_quantization_shows_ratios_to_the_full_model() -> None:
+    found = {"error/gptq": 0.004, "error/rounded": 0.012, "error/layers_worse": 1, "layers": 210, "agreement/all": 0.75}
+    found |= {"ratio_16bit/files": 0.43, "ratio_16bit/linear": 0.27, "seconds": 200}
+    found |= {f"perplexity/{kind}_en": value for kind, value in (("full", 10), ("gptq", 11), ("rounded", 15))}
+    line = quantization.table({"4 bits": found}, ["en"])[2]
+    assert line.startswith("| 4 bits | 10.00 | 1.100x | 1.500x | 0.0040 | 0.0120 | 1 of 210 | 75.0 % | 0.430x |")
+
+
+def test_data_preparation_is_compared_by_the_median_of_the_rounds() -> None:
+    def ran(seconds: float, peak_gib: float) -> dict[str, Any]:
+        return {"seconds": seconds, "peak_bytes": peak_gib * GIB, "rows_in": 1000}
+
+    rounds = [{"ours": ran(seconds, 1), "plain": ran(20, 2)} for seconds in (50, 40, 90)]
+    page = data.markdown({"rounds": rounds, "sizes": [ran(100, 1.5)]})
+    assert "| `raw_data` and `prepare_data` | 50.0 (40.0 to 90.0) | 20 | 1.00 GiB | yes |" in page
+    assert "| ours, 1,000 rows | 100.0 | 10 | 1.50 GiB |  |" in page
+    assert "2.50 times the plain recipe (2.00 to 4.50)" in page
+    slow = [{"ours": ran(61, 1), "plain": ran(30, 2)}]
+    assert "| no |" in data.markdown({"rounds": slow, "sizes": []})
 
 
 def test_the_7b_run_on_a_tiny_model(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def main(rows: str, checkpoint: str, processes: int, out: str) -> None:
     prepare_params = params.prepare_data.model_copy(update={"num_workers": processes})
     prepared = prepare(prepare_params, raw, *load_tokenizer(Path(checkpoint)), Path(out, "prepared"))
     page = render_data_report(read, prepared)
-    print(json.dumps({"rows": prepared["rows_out"], "page_bytes": len(page)}))
+    print(json.dumps({"rows_in": read["rows_in"], "rows": prepared["rows_out"], "page_bytes": len(page)}))
 
 
 if __name__ == "__main__":

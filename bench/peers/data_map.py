@@ -22,7 +22,7 @@ def main(rows: str, checkpoint: str, processes: int, out: str) -> None:
     dataset = load_dataset("json", data_files=rows, split="train", cache_dir=f"{out}/cache")
     encoded = dataset.map(encode, num_proc=processes, remove_columns=dataset.column_names)
     encoded.save_to_disk(f"{out}/encoded")
-    print(json.dumps({"rows": len(encoded)}))
+    print(json.dumps({"rows_in": len(encoded), "rows": len(encoded)}))
 
 
 if __name__ == "__main__":

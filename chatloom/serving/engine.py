@@ -47,11 +47,6 @@ class Engine:
         self._generating = threading.Lock()
         log.info("%s: loaded, context of %d tokens", path, self.prompts.context)
 
-    @property
-    def busy(self) -> bool:
-        """Whether an answer is being generated now."""
-        return self._generating.locked()
-
     def generate(
         self, prompt_ids: list[int], sampling: Sampling, *, seed: int | None = None, stop: Sequence[str] = ()
     ) -> Generation:
@@ -76,12 +71,12 @@ class Engine:
         """The whole answer to a conversation."""
         generation = self.stream(messages, sampling, seed=seed, stop=stop)
         text = "".join(generation)
-        assert generation.finish_reason is not None, "nobody cancels this one"
+        assert generation.finish_reason is not None, "nobody closes this one"
         return Answer(text, generation.prompt_tokens, generation.completion_tokens, generation.finish_reason)
 
 
 class Generation(Iterator[str]):
-    """Text deltas of one answer. It has the engine from the first delta until it ends, is closed or is cancelled."""
+    """Text deltas of one answer. It has the engine from the first delta until it ends or is closed."""
 
     def __init__(
         self, engine: Engine, prompt_ids: list[int], sampling: Sampling, seed: int | None, stop: Sequence[str]
@@ -89,8 +84,7 @@ class Generation(Iterator[str]):
         self.prompt_tokens = len(prompt_ids)
         self.completion_tokens = 0
         self.finish_reason: FinishReason | None = None
-        """None until the answer is complete, and for ever if it was cancelled."""
-        self._cancelled = threading.Event()
+        """None until the answer is complete, and for ever if it was closed before."""
         self._deltas = self._run(engine, prompt_ids, sampling, seed, stop)
 
     def __iter__(self) -> Self:
@@ -100,12 +94,8 @@ class Generation(Iterator[str]):
         return next(self._deltas)
 
     def close(self) -> None:
-        """Stop here and free the engine; for the thread that reads."""
+        """Stop here and free the engine."""
         self._deltas.close()
-
-    def cancel(self) -> None:
-        """Have it end before its next token; for any thread."""
-        self._cancelled.set()
 
     def _run(
         self, engine: Engine, prompt_ids: list[int], sampling: Sampling, seed: int | None, stop: Sequence[str]
@@ -116,8 +106,6 @@ class Generation(Iterator[str]):
             if seed is not None:
                 generator = torch.Generator(chat.device).manual_seed(seed)
             for token in stream_tokens(chat.model, prompt_ids, sampling, stop_ids=chat.stop_ids, generator=generator):
-                if self._cancelled.is_set():
-                    return
                 self.completion_tokens += 1
                 delta = text.push(token, last=self.completion_tokens == sampling.max_new_tokens)
                 self.finish_reason = text.finish_reason

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
+from bench.pages import filled
 from bench.scaling import (
     CAPACITY_CARDS,
     CAPACITY_JOBS,
@@ -16,7 +17,6 @@ from bench.scaling import (
     PUBLISHED_4BIT,
     Published,
     capacity,
-    filled,
     llama_like,
     planned_mib,
     tables,
