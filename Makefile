@@ -11,7 +11,7 @@ PRESET ?= default
 PREFECT_PORT ?= 4200
 MLFLOW_PORT ?= 5000
 
-.PHONY: help repro flow ui serve chat test test-unit lint lock bench bench-data bench-parallel bench-serve clean
+.PHONY: help repro flow ui serve chat test test-unit lint lock bench bench-data bench-parallel bench-serve check-cache clean
 
 help: ## List the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
@@ -60,6 +60,9 @@ bench-parallel: .venv/.installed ## Measure SFT in two processes against one wit
 
 bench-serve: .venv/.installed ## Measure the server under load, beside transformers serve
 	@python -m bench.serve
+
+check-cache: .venv/.installed ## Hash every object of DVC's cache again and remove those that are spoiled
+	@python -m tasks.cache
 
 clean: ## Remove caches of tools and workspaces of presets; data, models, runs and .venv stay
 	rm -rf workspaces build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -48,6 +48,14 @@ class Runtime(Section):
     """CPU threads of one process; 0 means every core the process may use."""
 
 
+class Tracking(Section):
+    """What is measured and the server that records it; results do not depend on it."""
+
+    on_outage: Literal["keep", "stop"]
+    """While MLflow's server does not answer: `keep` the run in `.state/unsent` and send it later, or `stop` the stage.
+    A local store cannot be down, and `register`, which cannot do without, always stops."""
+
+
 class WheelSource(Section):
     """A GGUF file inside a wheel of the Python package registry."""
 
@@ -583,9 +591,10 @@ class RegisterParams(Section):
 
 
 class Params(Section):
-    """The whole of `params.yaml`: one section a stage, and the machine."""
+    """The whole of `params.yaml`: one section a stage, the machine, and how runs are recorded."""
 
     runtime: Runtime
+    tracking: Tracking
     base_model: BaseModelParams
     raw_data: RawDataParams
     prepare_data: PrepareDataParams

@@ -35,7 +35,7 @@ SAMPLE_QUESTION = "What is the capital of France?"
 
 
 def main() -> None:
-    with stage("register") as run:
+    with stage("register", needs_mlflow=True) as run:
         params = run.params.register_
         facts = collect_lineage(run.params, str(MODEL), os.environ.get("CHATLOOM_PRESET"))
         facts["runs"] = find_runs(facts)

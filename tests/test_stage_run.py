@@ -289,6 +289,7 @@ def test_mlflow_down_names_the_variable(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("on_outage: keep", "on_outage: stop"))
     with pytest.raises(SystemExit) as ended, stage("train_sft"):
         pytest.fail("the block must not run")
     assert ended.value.code == 1

@@ -100,9 +100,9 @@ def registry_errors(purpose: str) -> Iterator[None]:
 
 
 @contextmanager
-def few_retries() -> Iterator[None]:
+def few_retries(retries: int = 2, seconds: int = 20) -> Iterator[None]:
     """MLflow says within seconds that its server is down; left to itself it tries for minutes."""
-    short = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+    short = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries), "MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds)}
     added = {key: value for key, value in short.items() if key not in os.environ}
     os.environ.update(added)
     try:
