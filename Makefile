@@ -46,7 +46,7 @@ lint: .venv/.installed ## Linters, types, import rules
 lock: ## Resolve requirements.lock anew from pyproject.toml, with uv in a throwaway environment
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT \
 	&& "$(PYTHON)" -m venv "$$folder" && "$$folder/bin/pip" install --quiet uv \
-	&& "$$folder/bin/uv" pip compile --python-version 3.11 --override requirements-overrides.txt --extra colossalai --extra dev \
+	&& "$$folder/bin/uv" pip compile --python-version 3.11 --override requirements-overrides.txt --extra colossalai --extra team --extra dev \
 		--generate-hashes --no-emit-index-url --no-header --no-annotate -o requirements.lock pyproject.toml
 
 bench: .venv/.installed ## Measure speed and memory against the peers (PART=sft: only the parts that begin so)

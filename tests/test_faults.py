@@ -91,7 +91,7 @@ def reproduce(folder: Path, *prefix: str) -> subprocess.CompletedProcess[str]:
     return run(folder, *prefix, *DVC, "repro")
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None
@@ -150,7 +150,7 @@ def test_dvc_alone_is_killed_the_trainer_saves_and_the_next_run_goes_on(number: 
     ):
         wait_until(lambda: f"process {trainer.pid} still runs it here" in log.read_text(), second)
         (trains / "step is over").touch()
-        assert second.wait(120) == 0, log.read_text()
+        assert second.wait(300) == 0, log.read_text()
     assert not psutil.pid_exists(trainer.pid)
     assert "resumes after step 2" in log.read_text()
     assert_whole(trains)
