@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from chatloom.files import write_json
-from chatloom.registry.resolve import few_retries
+from chatloom.registry.resolve import few_retries, may_pass
 
 log = logging.getLogger("stages.outbox")
 
@@ -143,7 +143,7 @@ def send_kept(api: Any, uri: str, root: Path = Path()) -> int:
             try:
                 _send(folder, api.MlflowClient(uri))
             except api.exceptions.MlflowException as error:
-                if is_outage(error):
+                if may_pass(error):
                     raise
                 log.error("%s: MLflow refuses it: %s; mend or remove this folder", folder, first_line(error))
             else:
@@ -250,19 +250,6 @@ def import_mlflow() -> tuple[Any, Errors]:
     from sqlalchemy.exc import SQLAlchemyError
 
     return mlflow, (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError)
-
-
-def is_outage(error: BaseException) -> bool:
-    """Whether MLflow did not answer, or said that the fault is its own: what may pass; a refusal does not."""
-    from mlflow.exceptions import MlflowException
-    from requests import HTTPError, RequestException
-    from sqlalchemy.exc import OperationalError
-
-    if isinstance(error, MlflowException):
-        return bool(error.get_http_status_code() >= 500)
-    if isinstance(error, HTTPError):  # from where artifacts go
-        return error.response is None or error.response.status_code >= 500
-    return isinstance(error, RequestException | OperationalError)
 
 
 def sqlite_file(uri: str) -> Path | None:

@@ -23,7 +23,7 @@ from chatloom.config import Params
 from chatloom.errors import InputError
 from chatloom.git import head
 from chatloom.registry.lineage import INPUTS_TAG, OUT_TAG, describe_machine
-from chatloom.registry.resolve import few_retries
+from chatloom.registry.resolve import few_retries, may_pass
 from stages.outbox import (
     Errors,
     Event,
@@ -32,7 +32,6 @@ from stages.outbox import (
     create,
     first_line,
     import_mlflow,
-    is_outage,
     now,
     perform,
     send_kept,
@@ -97,7 +96,7 @@ class MlflowRun:
                 _end_abandoned(run._client, experiment, record)
                 mlflow.start_run(record.id)
         except errors as error:
-            if not (keep and is_outage(error)):
+            if not (keep and may_pass(error)):
                 raise InputError(
                     f"MLflow at MLFLOW_TRACKING_URI={uri} does not answer: {first_line(error)}\n"
                     "start it (make ui), or unset MLFLOW_TRACKING_URI to record in ./mlflow.db"
@@ -154,10 +153,11 @@ class MlflowRun:
 
     def end_badly(self, status: str) -> None:
         """As `end`, where trouble with MLflow must not hide what went wrong before it."""
+        trouble: Errors = (InputError, *self._errors)
         try:
             with few_retries(0, SECONDS_TO_TRY):
                 self.end(status)
-        except (InputError, *self._errors) as error:
+        except trouble as error:
             log.error("MLflow run %s left without its status %s: %s", self._record.id, status, first_line(error))
 
     def _tell(self, event: Event) -> None:
@@ -168,7 +168,7 @@ class MlflowRun:
                     perform(self._client, self._record, event)
                 return
             except self._errors as error:
-                if not is_outage(error):
+                if not may_pass(error):
                     raise
                 if not self._keep:
                     raise InputError(
@@ -198,7 +198,7 @@ class MlflowRun:
             with few_retries(0, SECONDS_TO_TRY):
                 self._record = self._outbox.send(self._client)
         except self._errors as error:
-            if not is_outage(error):
+            if not may_pass(error):
                 raise
             self._next_try = time.monotonic() + SECONDS_BETWEEN_TRIES
         else:

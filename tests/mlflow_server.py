@@ -7,32 +7,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
+import httpx
+
+from tests.loopback import free_port, poll
+
 SECONDS_TO_START = 180.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Return when `url` answers; fail with the end of its log where it cannot any more."""
-    deadline = time.monotonic() + SECONDS_TO_START
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise AssertionError(log.read_text()[-3000:]) from None
-            time.sleep(0.1)
 
 
 class MlflowServer:
@@ -45,11 +27,9 @@ class MlflowServer:
         self.process: subprocess.Popen[bytes] | None = None
 
     def up(self) -> None:
-        if self.process is not None:
-            return
+        assert self.process is None
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        log = self.folder / "server.log"
-        with log.open("ab") as output:
+        with (self.folder / "server.log").open("ab") as output:
             self.process = subprocess.Popen(
                 [*command, "--workers", "1", *self.options],
                 cwd=self.folder,
@@ -58,7 +38,15 @@ class MlflowServer:
                 stderr=output,
                 start_new_session=True,
             )
-        wait_for(f"{self.uri}/health", self.process, log)
+        poll(self._listens, SECONDS_TO_START)
+        httpx.get(f"{self.uri}/health", timeout=60).raise_for_status()
+
+    def _listens(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, (self.folder / "server.log").read_text()[-3000:]
+        with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", self.port)):
+            return True
+        return False
 
     def down(self) -> None:
         """SIGKILL to the server and its workers."""

@@ -13,7 +13,6 @@ import kubernetes_validate
 import pytest
 import yaml
 from compose_spec import PyCompose
-from moto.server import ThreadedMotoServer
 from typer.main import get_command
 
 from chatloom.cli import app
@@ -21,6 +20,7 @@ from chatloom.config import load_params, validate_params
 from chatloom.parallel.launch import read_hosts
 from deploy.make_buckets import make_buckets
 from tests.conftest import ROOT
+from tests.object_store import object_store
 
 DEPLOY, KUBERNETES = ROOT / "deploy", ROOT / "deploy/kubernetes"
 VERSIONS = ("1.30", "1.36")
@@ -199,19 +199,10 @@ def test_a_job_that_is_stopped_tells_its_stage_and_not_its_own_shell() -> None:
 
 
 def test_buckets_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL_S3": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    try:
+    told = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    with object_store() as address:
+        for name, value in (told | {"AWS_ENDPOINT_URL_S3": address}).items():
+            monkeypatch.setenv(name, value)
         for _ in range(2):
             make_buckets("mlflow", "dvc")
         assert sorted(bucket["Name"] for bucket in boto3.client("s3").list_buckets()["Buckets"]) == ["dvc", "mlflow"]
-    finally:
-        server.stop()

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,9 +16,10 @@ from typing import Any
 import asyncssh
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from tests.conftest import ROOT
+from tests.loopback import copy_bytes
+from tests.object_store import object_store
 from tests.tasks.toy_pipeline import GIT, chain, make_checkout
 
 pytestmark = pytest.mark.smoke
@@ -29,22 +29,12 @@ BUCKET, KEY, SECRET = "chatloom", "key", "hush-4711"
 FILES = 6
 
 
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """Address of a server that speaks S3, with an empty bucket."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture
-def bucket(s3: str) -> str:
-    with urllib.request.urlopen(urllib.request.Request(f"{s3}/moto-api/reset", method="POST")):
-        pass
-    client(s3).create_bucket(Bucket=BUCKET)
-    return s3
+def bucket() -> Iterator[str]:
+    """Address of a server that speaks S3, with an empty bucket."""
+    with object_store() as address:
+        client(address).create_bucket(Bucket=BUCKET)
+        yield address
 
 
 def client(endpoint: str) -> Any:
@@ -162,19 +152,20 @@ def test_ssh(checkout: Path, ssh: tuple[int, Path], tmp_path: Path) -> None:
 def test_a_remote_that_fails_half_way_is_whole_after_another_push(checkout: Path, bucket: str, tmp_path: Path) -> None:
     """No folder's list is there before all of its files are, so that nobody pulls a part of it for the whole."""
     with cutting_proxy(bucket, uploads=3) as (address, mend):
-        use_s3(checkout, address)
-        said = dvc(checkout, "push", "--jobs", "1", fails=True)
+        own = {"AWS_ENDPOINT_URL_S3": address, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+        dvc(checkout, "remote", "add", "--default", "store", f"s3://{BUCKET}/dvc")
+        said = dvc(checkout, "push", "--jobs", "1", fails=True, **own)
         assert "failed to push" in said
         names = stored(bucket)
         assert len(names) == 3
         assert not any(name.endswith(".dir") for name in names)
         clone = cloned(checkout, tmp_path / "clone")
         mend()
-        dvc(clone, "pull", fails=True)
+        dvc(clone, "pull", fails=True, **own)
         assert not (clone / "out/two.txt").exists()
-        dvc(checkout, "push")
+        dvc(checkout, "push", **own)
         assert len(stored(bucket)) == FILES + 2
-        assert_shared(checkout, clone)
+        assert_shared(checkout, clone, **own)
 
 
 def stored(endpoint: str) -> list[str]:
@@ -198,9 +189,9 @@ def cutting_proxy(endpoint: str, uploads: int) -> Iterator[tuple[str, Callable[[
             # One request a connection: the server is told so, and the answer ends with it.
             name, rest = head.split(b"\r\n", 1)
             server.sendall(name + b"\r\nConnection: close\r\n" + rest)
-            upward = threading.Thread(target=_copy, args=(client, server), daemon=True)
+            upward = threading.Thread(target=copy_bytes, args=(client, server), daemon=True)
             upward.start()
-            _copy(server, client)
+            copy_bytes(server, client)
 
     def accept() -> None:
         with suppress(OSError):
@@ -215,9 +206,3 @@ def cutting_proxy(endpoint: str, uploads: int) -> Iterator[tuple[str, Callable[[
     yield f"http://127.0.0.1:{listener.getsockname()[1]}", mend
     listener.shutdown(socket.SHUT_RDWR)
     listener.close()
-
-
-def _copy(source: socket.socket, target: socket.socket) -> None:
-    with suppress(OSError):
-        while content := source.recv(65536):
-            target.sendall(content)

@@ -8,22 +8,21 @@ import pwd
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import boto3
 import mlflow
 import psycopg
 import pytest
 import requests
-from moto.server import ThreadedMotoServer
 
 from stages.run import stage
 from tests.conftest import ROOT
-from tests.mlflow_server import MlflowServer, free_port
+from tests.loopback import free_port, poll
+from tests.mlflow_server import MlflowServer
+from tests.object_store import object_store
 from tests.test_deploy import compose
 
 pytestmark = pytest.mark.smoke
@@ -60,22 +59,20 @@ def postgres() -> Iterator[str]:
         with Path(folder, "log").open("wb") as log:
             process = subprocess.Popen([server, "-D", data, "-p", str(port), *options], stderr=log, cwd=folder, **user)
         try:
-            connect(port)
+            poll(lambda: takes_connections(port), SECONDS_TO_START)
             yield f"postgresql://mlflow:{PASSWORD.replace('@', '%40').replace('/', '%2F')}@127.0.0.1:{port}/postgres"
         finally:
             process.terminate()
             process.wait(60)
 
 
-def connect(port: int) -> psycopg.Connection[Any]:
-    """Once the server is up, which it says by taking connections."""
-    deadline = time.monotonic() + SECONDS_TO_START
-    while True:
-        try:
-            return psycopg.connect(host="127.0.0.1", port=port, user="mlflow", password=PASSWORD, dbname="postgres")
-        except psycopg.OperationalError:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+def takes_connections(port: int) -> bool:
+    with (
+        suppress(psycopg.OperationalError),
+        psycopg.connect(host="127.0.0.1", port=port, user="mlflow", password=PASSWORD, dbname="postgres"),
+    ):
+        return True
+    return False
 
 
 def test_runs_are_in_postgresql_and_artifacts_in_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,16 +80,16 @@ def test_runs_are_in_postgresql_and_artifacts_in_s3(tmp_path: Path, monkeypatch:
         monkeypatch.delenv(name)
     shutil.copy(ROOT / "params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
-    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    moto.start()
-    host, port = moto.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
     keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-    s3 = boto3.client(
-        "s3", endpoint_url=endpoint, aws_access_key_id="key", aws_secret_access_key="secret", region_name="us-east-1"
-    )
-    s3.create_bucket(Bucket="mlflow")
-    with postgres() as database:
+    with object_store() as endpoint, postgres() as database:
+        s3 = boto3.client(
+            "s3",
+            endpoint_url=endpoint,
+            aws_access_key_id="key",
+            aws_secret_access_key="secret",
+            region_name="us-east-1",
+        )
+        s3.create_bucket(Bucket="mlflow")
         # The server alone knows database and keys. It is told what deploy/ tells it, but for the addresses of today.
         told = compose()["services"]["mlflow"]["environment"] | keys
         server = MlflowServer(tmp_path)
@@ -130,5 +127,4 @@ def test_runs_are_in_postgresql_and_artifacts_in_s3(tmp_path: Path, monkeypatch:
             assert json.loads(Path(back).read_text()) == {"text": "ä"}
         finally:
             server.down()
-            moto.stop()
             mlflow.set_tracking_uri(None)

@@ -99,6 +99,19 @@ def registry_errors(purpose: str) -> Iterator[None]:
         ) from error
 
 
+def may_pass(error: BaseException) -> bool:
+    """Whether a store that answered with `error` may do it later: it is down or busy, and does not refuse."""
+    from mlflow.exceptions import MlflowException
+    from requests import HTTPError, RequestException
+    from sqlalchemy.exc import OperationalError
+
+    if isinstance(error, MlflowException):
+        return bool(error.get_http_status_code() >= 500)
+    if isinstance(error, HTTPError):  # from where artifacts go
+        return error.response is None or error.response.status_code >= 500
+    return isinstance(error, RequestException | OperationalError | ConnectionError | TimeoutError)
+
+
 @contextmanager
 def few_retries(retries: int = 2, seconds: int = 20) -> Iterator[None]:
     """MLflow says within seconds that its server is down; left to itself it tries for minutes."""
