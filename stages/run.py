@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from chatloom.config import Params, load_params
-from chatloom.errors import InputError
+from chatloom.errors import EX_TEMPFAIL, InputError, Unavailable
 from chatloom.files import atomic_dir, atomic_file, write_json
 from chatloom.parallel.launch import is_first, report_failure
 from stages.recorded import hash_outs, measure_cost
@@ -55,9 +55,9 @@ class _Terminated(BaseException):
 def stage(name: str) -> Iterator[StageRun]:
     """Run the block as the stage `name`, in the folder that holds `params.yaml`.
 
-    An `InputError` is one line on stderr and exit status 1; any other exception keeps its traceback. Metrics and curves
-    are written when the block has ended well, all of them or none. Of several processes that run it together, the first
-    one records and writes; the others are silent.
+    An `InputError` is one line on stderr and exit status 1, or 75 where another try may help (`Unavailable`); any other
+    exception keeps its traceback. Metrics and curves are written when the block has ended well, all of them or none. Of
+    several processes that run it together, the first one records and writes; the others are silent.
     """
     with log_to_stderr(), _sigterm_raises():
         started = time.monotonic()
@@ -78,7 +78,7 @@ def stage(name: str) -> Iterator[StageRun]:
         except InputError as error:
             if not report_failure(f"{name}: {error}"):
                 log.error("%s: %s", name, error)
-            raise SystemExit(1) from None
+            raise SystemExit(EX_TEMPFAIL if isinstance(error, Unavailable) else 1) from None
         except (KeyboardInterrupt, _Terminated) as interrupt:
             log.error("%s: interrupted", name)
             raise SystemExit(143 if isinstance(interrupt, _Terminated) else 130) from None

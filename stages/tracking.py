@@ -18,10 +18,10 @@ import psutil
 import yaml
 
 from chatloom.config import Params
-from chatloom.errors import InputError
+from chatloom.errors import InputError, Unavailable
 from chatloom.git import head
 from chatloom.registry.lineage import INPUTS_TAG, OUT_TAG, describe_machine
-from chatloom.registry.resolve import few_retries
+from chatloom.registry.resolve import few_retries, may_pass
 from stages.recorded import hash_inputs
 
 log = logging.getLogger("stages.run")
@@ -49,7 +49,7 @@ class MlflowRun:
         """Connect, find or create experiment and parent run, start the stage's run with its tags and params.
 
         Raises:
-            InputError: where the store cannot be used.
+            InputError: where the store cannot be used; Unavailable where it is only down or busy.
         """
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root}/mlflow.db"
         mlflow, store_errors = _import_mlflow()
@@ -69,7 +69,7 @@ class MlflowRun:
                     experiment_id=experiment, run_name=name, parent_run_id=parent, tags={**tags, **own}
                 )
         except store_errors as error:
-            raise InputError(
+            raise (Unavailable if may_pass(error) else InputError)(
                 f"MLflow at MLFLOW_TRACKING_URI={uri} does not answer: {_first_line(error)}\n"
                 "start it (make ui), or unset MLFLOW_TRACKING_URI to record in ./mlflow.db"
             ) from error

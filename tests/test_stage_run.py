@@ -291,7 +291,7 @@ def test_mlflow_down_names_the_variable(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(SystemExit) as ended, stage("train_sft"):
         pytest.fail("the block must not run")
-    assert ended.value.code == 1
+    assert ended.value.code == 75, "it is worth another try"
     assert "MLFLOW_TRACKING_URI=http://127.0.0.1:9 does not answer" in capsys.readouterr().err
 
 
