@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from prefect import State, flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
@@ -25,7 +25,7 @@ SECONDS_BETWEEN_LOOKS = 2
 class Decision(RunInput):
     """What a person answers."""
 
-    decision: Literal["approve", "reject"] = Field(description="approve makes the version @champion.")
+    approve: bool = Field(default=False, description="On makes the version @champion, off rejects it.")
     reason: str = Field(min_length=1, pattern=r"\S", description="Why; kept with the version.")
     name: str = Field(min_length=1, pattern=r"\S", description="Who decides; kept with the version.")
 
@@ -53,8 +53,8 @@ def promote(model: Version = "models:/chatloom@challenger", hours: Hours = 72.0)
         reason = f"nobody decided within {hours:g} hours"
         decide(candidate, approved=False, by="nobody", reason=reason)
         return Failed(name="TimedOut", message=f"{candidate.uri} is rejected: {reason}")
-    record(candidate, said.decision == "approve", said.name.strip(), said.reason.strip())
-    if said.decision == "approve":
+    record(candidate, said.approve, said.name.strip(), said.reason.strip())
+    if said.approve:
         return Completed(name="Promoted", message=f"{candidate.uri} is champion, says {said.name}: {said.reason}")
     return Completed(name="Rejected", message=f"{candidate.uri} is rejected by {said.name}: {said.reason}")
 

@@ -209,11 +209,15 @@ def test_a_night_brings_rows_asks_and_a_person_makes_the_champion(team: Team, br
     (asked,) = wait_until(lambda: runs("promote", "Paused"), team.process)
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.goto(f"{team.prefect}/runs/flow-run/{asked['id']}")
-    page.get_by_role("button", name="Resume").click()
-    form = page.get_by_role("dialog")
+    page.get_by_role("button", name="Resume").first.click()
+    form = page.locator(".p-modal")
     form.get_by_text("Capital of France?").wait_for()
-    assert "| ppo/kl" not in form.inner_text(), "the table is drawn"
-    decide(form)
+    assert form.get_by_role("cell", name="ppo/kl").is_visible(), "the table is drawn"
+    reason, name = (form.locator("textarea").nth(place) for place in (0, 1))
+    form.get_by_role("switch").click()
+    reason.fill("reads better")
+    name.fill("Ann")
+    form.get_by_role("button", name="Submit").click()
     team.state(asked["id"], "Promoted")
 
     store = mlflow.MlflowClient(tracking_uri=f"sqlite:///{team.checkout}/mlflow.db")
@@ -222,12 +226,6 @@ def test_a_night_brings_rows_asks_and_a_person_makes_the_champion(team: Team, br
     kept = {name: value for name, value in version.tags.items() if name.startswith("approval.")}
     assert kept.pop("approval.at")
     assert kept == {"approval.decision": "approved", "approval.by": "Ann", "approval.reason": "reads better"}
-
-
-def decide(form: Any) -> None:
-    form.get_by_label("Reason").fill("reads better")
-    form.get_by_label("Name").fill("Ann")
-    form.get_by_role("button", name="Submit").click()
 
 
 @pytest.mark.smoke
