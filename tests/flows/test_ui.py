@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,34 +19,30 @@ import psutil
 import pytest
 import yaml
 
+from chatloom.registry.register import AGENT
+from chatloom.registry.resolve import ARTIFACT
 from flows import ui
 from tasks.servers import Server, ServerFailed
+from tests.loopback import free_port, poll
 
 REPO = Path(__file__).resolve().parents[2]
 STAGES = list(yaml.safe_load((REPO / "dvc.yaml").read_text())["stages"])
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def wait_until(what: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 180) -> Any:
     """The first true answer of `what`; a server that is not reached, or too busy (503), is asked again."""
-    deadline = time.monotonic() + seconds
-    while True:
+
+    def ask() -> Any:
+        assert process.poll() is None, "the servers ended"
         try:
-            if answer := what():
-                return answer
+            return what()
         except httpx.HTTPStatusError as error:
             if error.response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
                 raise
         except httpx.TransportError:
-            pass
-        assert process.poll() is None, "the servers ended"
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.2)
+            return None
+
+    return poll(ask, seconds, pause=0.2)
 
 
 @dataclass(frozen=True)
@@ -82,6 +77,20 @@ class Team:
 
         state: dict[str, Any] = wait_until(look, self.process)
         return state
+
+    def cancel(self, run: str) -> None:
+        self.ask(f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
+        self.state(run, "Cancelled")
+
+    def runs(self, flow: str, *states: str) -> list[dict[str, Any]]:
+        query = {"flows": {"name": {"any_": [flow]}}, "flow_runs": {"state": {"name": {"any_": states}}}}
+        found: list[dict[str, Any]] = self.ask("flow_runs/filter", query)
+        return found
+
+    def outcomes(self) -> dict[str, str]:
+        """Of the stages in the latest run that has any."""
+        query = {"flow_runs": {"name": {"like_": "reproduce-"}}, "sort": "EXPECTED_START_TIME_ASC"}
+        return {one["name"]: one["state_name"] for one in self.ask("task_runs/filter", query) if one["name"] in STAGES}
 
 
 @pytest.fixture(scope="module")
@@ -120,28 +129,13 @@ def _read_until(lines: IO[str], part: str) -> None:
 
 
 @pytest.mark.smoke
-def test_a_worker_runs_a_deployment_and_cancels_it(team: Team) -> None:
+def test_a_run_is_cancelled_and_dvc_stays_clean(team: Team) -> None:
     assert httpx.get(f"{team.mlflow}/health").text == "OK"
     deployment = team.get("deployments/name/reproduce/reproduce")
     assert deployment["parameters"] == {"preset": "default"}
     (step,) = deployment["pull_steps"]
     assert step["prefect.deployments.steps.set_working_directory"]["directory"] == str(team.checkout)
-    nightly = team.get("deployments/name/nightly/nightly")
-    assert nightly["global_concurrency_limit"]["limit"] == 1
-    assert [schedule["active"] for schedule in nightly["schedules"]] == [False]
 
-    run = team.start("reproduce/reproduce", preset="tiny")
-    team.state(run, "Completed")
-    query = {"flow_runs": {"id": {"any_": [run]}}}
-
-    def outcomes() -> dict[str, str]:
-        return {one["name"]: one["state_name"] for one in team.ask("task_runs/filter", query) if one["name"] in STAGES}
-
-    # The server records what became of tasks by and by, and may still be at it when the flow has ended.
-    wait_until(lambda: outcomes() == dict.fromkeys(STAGES, "Ran"), team.process)
-    assert (team.checkout / "workspaces" / "tiny" / "metrics" / "register.json").is_file()
-
-    # Cancelled while a stage runs: the stage's own process ends with it.
     pid, file = team.checkout / "pid", team.checkout / "dvc.yaml"
     before = file.read_text()
     pipeline = yaml.safe_load(before)
@@ -150,65 +144,101 @@ def test_a_worker_runs_a_deployment_and_cancels_it(team: Team) -> None:
     run = team.start("reproduce/reproduce", preset="default")
     stage = psutil.Process(int(wait_until(lambda: pid.is_file() and pid.read_text().strip(), team.process)))
     tree = [stage, *stage.children(recursive=True)]
-    team.ask(f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
-    team.state(run, "Cancelled")
+    team.cancel(run)
     assert psutil.wait_procs(tree, timeout=10)[1] == []
     assert json.loads((team.checkout / ".dvc/tmp/rwlock").read_text()) == {}, "DVC freed its locks"
     file.write_text(before)
 
 
-# In place of the stage: a version whose gates hold, of as many bytes as the run's report of them.
+# In place of the stage: a version of the same bytes, whose gates hold.
 REGISTERS = """
-import json, os
+import json, sys
 from pathlib import Path
 import mlflow
-client = mlflow.MlflowClient()
-if not client.search_registered_models():
-    client.create_registered_model("chatloom")
-samples = [{"prompt": "Capital of France?", "answers": {"sft": {"text": "Lyon"}, "4bit": {"text": "Paris"}}}]
-folder = Path("files").resolve()
-folder.mkdir(exist_ok=True)
-(folder / "evaluate.json").write_text(json.dumps({"samples": samples}))
 gates = [{"metric": "ppo/kl", "value": 12.0, "bound": "<= 40", "verdict": "pass", "blocks": True, "note": ""}]
-tags = {"status": "accepted", "champion.compared_with": "none", "gates": json.dumps(gates)}
-version = client.create_model_version("chatloom", source=folder.as_uri(), tags=tags).version
+tags = {"status": "accepted", "champion.compared_with": "1", "gates": json.dumps(gates)}
+version = mlflow.MlflowClient().create_model_version("chatloom", source=sys.argv[1], tags=tags).version
 Path("metrics/register.json").write_text(json.dumps({"version": int(version), "champion": 0.0}))
 """
 
 
-@pytest.mark.smoke
-def test_a_night_brings_rows_asks_and_a_person_makes_the_champion(team: Team, browser: Any) -> None:
-    """By cron; the person approves in the UI."""
+@pytest.fixture
+def champion(team: Team, checkpoint: Path) -> mlflow.MlflowClient:
+    """The registry of the checkout, whose stage `register` makes versions beside a first one, @champion."""
+    files = team.checkout / "mlartifacts" / "chatloom"
+    mlflow.pyfunc.save_model(
+        files, python_model=str(AGENT), artifacts={ARTIFACT: str(checkpoint)}, pip_requirements=["mlflow"]
+    )
+    samples = [{"prompt": "Capital of France?", "answers": {"sft": {"text": "Lyon"}, "4bit": {"text": "Paris"}}}]
+    (files / "evaluate.json").write_text(json.dumps({"samples": samples}))
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{team.checkout}/mlflow.db")
+    client.create_registered_model("chatloom")
+    client.create_model_version("chatloom", source=files.as_uri())
+    client.set_registered_model_alias("chatloom", "champion", "1")
+
+    (team.checkout / "registers.py").write_text(REGISTERS)
     file = team.checkout / "dvc.yaml"
     pipeline = yaml.safe_load(file.read_text())
-    (team.checkout / "registers.py").write_text(REGISTERS)
-    pipeline["stages"]["register"]["cmd"] += f" && {sys.executable} registers.py"
+    pipeline["stages"]["register"]["cmd"] += f" && {sys.executable} registers.py {files.as_uri()}"
     file.write_text(yaml.safe_dump(pipeline, sort_keys=False))
+    return client
+
+
+@pytest.mark.smoke
+def test_a_night_brings_rows_asks_and_a_person_makes_the_champion(
+    team: Team, champion: mlflow.MlflowClient, browser: Any
+) -> None:
+    """By cron, approved in the UI, under a chat server that follows the champion."""
+    port = free_port()
+    server, chat = team.start("serve/serve", port=port), f"http://127.0.0.1:{port}"
     feedback = team.checkout / "feedback"
     feedback.mkdir()
     (feedback / "rows.jsonl").write_text('{"prompt": "Hello?"}\n{"unfini')
 
     nightly = team.get("deployments/name/nightly/nightly")
+    assert nightly["global_concurrency_limit"]["limit"] == 1
     (schedule,) = nightly["schedules"]
+    assert not schedule["active"]
     parameters = {"preset": "default", "inbox": ["feedback"]}
     team.ask(f"deployments/{nightly['id']}", {"parameters": parameters}, method="PATCH")
     each_minute = {"active": True, "schedule": {"cron": "* * * * *", "timezone": "UTC"}}
     team.ask(f"deployments/{nightly['id']}/schedules/{schedule['id']}", each_minute, method="PATCH")
-
-    def runs(of: str, *states: str) -> list[dict[str, Any]]:
-        query = {"flows": {"name": {"any_": [of]}}, "flow_runs": {"state": {"name": {"any_": states}}}}
-        found: list[dict[str, Any]] = team.ask("flow_runs/filter", query)
-        return found
-
-    (night,) = wait_until(lambda: runs("nightly", "Asked", "Failed", "Crashed"), team.process)
+    (night,) = wait_until(lambda: team.runs("nightly", "Running", "Asked", "Failed", "Crashed"), team.process)
     team.ask(f"deployments/{nightly['id']}/schedules/{schedule['id']}", each_minute | {"active": False}, method="PATCH")
-    assert night["state_name"] == "Asked", night["state"]
     assert night["auto_scheduled"]
+    team.state(night["id"], "Asked")
     assert (team.checkout / "data/own/inbox/feedback/rows.jsonl").read_text() == '{"prompt": "Hello?"}\n'
+    # The server records what became of tasks by and by, and may still be at it when the flow has ended.
+    wait_until(lambda: team.outcomes() == dict.fromkeys(STAGES, "Ran"), team.process)
 
-    (asked,) = wait_until(lambda: runs("promote", "Paused"), team.process)
+    wait_until(lambda: served(chat) == "1", team.process)
+    (asked,) = wait_until(lambda: team.runs("promote", "Paused"), team.process)
+    approve(browser, f"{team.prefect}/runs/flow-run/{asked['id']}")
+    team.state(asked["id"], "Promoted")
+
+    assert str(champion.get_model_version_by_alias("chatloom", "champion").version) == "2"
+    tags = champion.get_model_version("chatloom", "2").tags
+    kept = {name: value for name, value in tags.items() if name.startswith("approval.")}
+    assert kept.pop("approval.at")
+    assert kept == {"approval.decision": "approved", "approval.by": "Ann", "approval.reason": "reads better"}
+    wait_until(lambda: served(chat) == "2", team.process)
+    asks = {"model": "chatloom", "messages": [{"role": "user", "content": "Hello?"}], "max_tokens": 4}
+    assert httpx.post(f"{chat}/v1/chat/completions", json=asks, timeout=60).json()["system_fingerprint"] == "chatloom/2"
+
+    team.cancel(server)
+    with pytest.raises(httpx.ConnectError):
+        served(chat)
+
+
+def served(chat: str) -> str:
+    version: str = httpx.get(f"{chat}/ready", timeout=30).raise_for_status().json()["version"]
+    return version
+
+
+def approve(browser: Any, run: str) -> None:
+    """What a person does on the page of a paused run."""
     page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.goto(f"{team.prefect}/runs/flow-run/{asked['id']}")
+    page.goto(run)
     page.get_by_role("button", name="Resume").first.click()
     form = page.locator(".p-modal")
     form.get_by_text("Capital of France?").wait_for()
@@ -218,14 +248,6 @@ def test_a_night_brings_rows_asks_and_a_person_makes_the_champion(team: Team, br
     reason.fill("reads better")
     name.fill("Ann")
     form.get_by_role("button", name="Submit").click()
-    team.state(asked["id"], "Promoted")
-
-    store = mlflow.MlflowClient(tracking_uri=f"sqlite:///{team.checkout}/mlflow.db")
-    (version,) = store.search_model_versions("name = 'chatloom'")
-    assert store.get_model_version_by_alias("chatloom", "champion").version == version.version
-    kept = {name: value for name, value in version.tags.items() if name.startswith("approval.")}
-    assert kept.pop("approval.at")
-    assert kept == {"approval.decision": "approved", "approval.by": "Ann", "approval.reason": "reads better"}
 
 
 @pytest.mark.smoke

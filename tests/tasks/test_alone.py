@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
+from toy_pipeline import wait_for
 
 from tasks.alone import LOCK, alone_in, end_survivors
+from tests.loopback import poll
 
 REPO = Path(__file__).resolve().parents[2]
 # As a flow is: it holds the workspace, and its stage is in a session of its own.
@@ -100,11 +101,9 @@ def survivor() -> subprocess.Popen[bytes]:
 def test_survivors_are_ended_with_their_children_and_nobody_else(survivor: subprocess.Popen[bytes]) -> None:
     other = subprocess.Popen(["sleep", "300"], env={**os.environ, "CHATLOOM_REPRODUCTION": "other"})
     try:
-        deadline = time.monotonic() + 30
-        tree = [psutil.Process(survivor.pid)]
-        while len(tree) < 3:
-            assert time.monotonic() < deadline
-            tree[1:] = tree[0].children()
+        top = psutil.Process(survivor.pid)
+        poll(lambda: len(top.children()) == 2)
+        tree = [top, *top.children()]
         said: list[str] = []
         end_survivors("killed-one", said.append)
         assert psutil.wait_procs(tree, timeout=10)[1] == []
@@ -136,11 +135,7 @@ def test_plain_dvc_holds_the_workspace_as_long_as_it_runs(checkout: Path) -> Non
     first = subprocess.Popen(command, cwd=checkout, env={**os.environ, "PYTHONPATH": str(REPO)})
     second = None
     try:
-        deadline = time.monotonic() + 60
-        while not (checkout / "ready").exists():
-            assert first.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for(checkout / "ready", first)
         second = subprocess.Popen(
             command,
             cwd=checkout,

@@ -8,12 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
+from toy_pipeline import wait_for
 
 from tasks.dvc import (
     StageFailed,
@@ -218,14 +218,6 @@ def test_a_stage_is_told_once_to_stop_and_outlives_nobody(way: str, checkout: Pa
     if way != "twice":
         assert (checkout / "rank asked").read_text() == "x"
         assert json.loads((checkout / ".dvc/tmp/rwlock").read_text()) == {}, "DVC freed its locks"
-
-
-def wait_for(file: Path, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
-    while not file.exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_whole_tree_ends() -> None:

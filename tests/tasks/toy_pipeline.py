@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from tests.loopback import poll
+
 ROOT = Path(__file__).resolve().parents[2]
 GIT = ("git", "-c", "user.name=test", "-c", "user.email=test@example.org")
 
@@ -56,6 +58,16 @@ def make_checkout(root: Path, pipeline: dict[str, Any]) -> Path:
     for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "toy"]):
         subprocess.run([*GIT, *command], cwd=root, check=True)
     return root
+
+
+def wait_for(file: Path, process: subprocess.Popen[bytes]) -> None:
+    """Return when a process, which has to live, has made `file`."""
+
+    def made() -> bool:
+        assert process.poll() is None, "the process ended"
+        return file.exists()
+
+    poll(made, seconds=120)
 
 
 def _write(out: str, deps: list[str]) -> str:
