@@ -11,7 +11,7 @@ PRESET ?= default
 PREFECT_PORT ?= 4200
 MLFLOW_PORT ?= 5000
 
-.PHONY: help repro flow ui serve chat test test-unit lint lock bench bench-data bench-parallel bench-serve check-cache clean
+.PHONY: help repro flow ui down serve chat test test-unit lint lock bench bench-data bench-parallel bench-serve check-cache clean
 
 help: ## List the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
@@ -22,8 +22,11 @@ repro: .venv/.installed ## Bring every stage up to date with plain DVC (PRESET=s
 flow: .venv/.installed ## The same as a Prefect flow, one task a stage (PRESET=...)
 	@python -m flows.pipeline --preset $(PRESET)
 
-ui: .venv/.installed ## MLflow's UI, Prefect's server, a worker and the deployment, until Ctrl-C
+ui: .venv/.installed ## MLflow's UI, Prefect's server, a worker and the deployments, until Ctrl-C or make down
 	@exec python -m flows.ui --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
+
+down: .venv/.installed ## End what make ui started
+	@python -m flows.ui --down
 
 serve: .venv/.installed ## Serve the champion over OpenAI's API
 	@exec chatloom serve

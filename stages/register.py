@@ -1,4 +1,7 @@
-"""Register the 4-bit chat model: a new version in MLflow's registry, champion if every blocking gate holds."""
+"""Register the 4-bit chat model: a new version in MLflow's registry, champion if every blocking gate holds.
+
+With `register.promotion: approval` a person decides afterwards.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +75,8 @@ def main() -> None:
             champion=champion,
             sample_question=SAMPLE_QUESTION,
             description=card,
-            files=(REPORT, CARD),
+            files=(REPORT, CARD, EVALUATION),
+            promote=params.promotion == "gates",
         )
         run.table("gates", gate_table(registered))
         run.report(

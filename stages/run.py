@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from chatloom.config import Params, load_params
-from chatloom.errors import InputError
+from chatloom.errors import EX_TEMPFAIL, InputError, Unavailable
 from chatloom.files import atomic_dir, atomic_file, write_json
 from chatloom.parallel.launch import is_first, report_failure, stop_with_dvc
 from stages.recorded import hash_outs, measure_cost, require_writable
@@ -57,9 +57,9 @@ class _Terminated(BaseException):
 def stage(name: str, *, needs_mlflow: bool = False) -> Iterator[StageRun]:
     """Run the block as the stage `name`, in the folder that holds `params.yaml`.
 
-    An `InputError` is one line on stderr and exit status 1; any other exception keeps its traceback. Metrics and curves
-    are written when the block has ended well, all of them or none. Of several processes that run it together, the first
-    one records and writes; the others are silent.
+    An `InputError` is one line on stderr and exit status 1, or 75 where another try may help (`Unavailable`); any other
+    exception keeps its traceback. Metrics and curves are written when the block has ended well, all of them or none. Of
+    several processes that run it together, the first one records and writes; the others are silent.
 
     Args:
         needs_mlflow: it cannot do its work without, whatever `tracking.on_outage` says.
@@ -85,7 +85,7 @@ def stage(name: str, *, needs_mlflow: bool = False) -> Iterator[StageRun]:
         except InputError as error:
             if not report_failure(f"{name}: {error}"):
                 log.error("%s: %s", name, error)
-            raise SystemExit(1) from None
+            raise SystemExit(EX_TEMPFAIL if isinstance(error, Unavailable) else 1) from None
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise

@@ -20,7 +20,7 @@ import psutil
 import yaml
 
 from chatloom.config import Params
-from chatloom.errors import InputError
+from chatloom.errors import InputError, Unavailable
 from chatloom.git import head
 from chatloom.registry.lineage import INPUTS_TAG, OUT_TAG, describe_machine
 from chatloom.registry.resolve import few_retries, may_pass
@@ -77,7 +77,8 @@ class MlflowRun:
             must_answer: the stage cannot do its work without MLflow, whatever `tracking.on_outage` says.
 
         Raises:
-            InputError: where the store cannot be used; a server that is down may be no reason (`tracking.on_outage`).
+            InputError: where the store cannot be used; Unavailable where it is only down or busy and that is a reason
+                (`tracking.on_outage`).
         """
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root}/mlflow.db"
         mlflow, errors = import_mlflow()
@@ -97,7 +98,7 @@ class MlflowRun:
                 mlflow.start_run(record.id)
         except errors as error:
             if not (keep and may_pass(error)):
-                raise InputError(
+                raise (Unavailable if may_pass(error) else InputError)(
                     f"MLflow at MLFLOW_TRACKING_URI={uri} does not answer: {first_line(error)}\n"
                     "start it (make ui), or unset MLFLOW_TRACKING_URI to record in ./mlflow.db"
                 ) from error
@@ -171,7 +172,7 @@ class MlflowRun:
                 if not may_pass(error):
                     raise
                 if not self._keep:
-                    raise InputError(
+                    raise Unavailable(
                         f"MLflow at MLFLOW_TRACKING_URI={self._record.uri} does not answer any more: "
                         f"{first_line(error)}\nstart it and run again, which goes on from the last state, or set "
                         "tracking.on_outage: keep in params.yaml to go on without it"

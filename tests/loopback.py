@@ -7,10 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 import httpx
 import uvicorn
 from fastapi import FastAPI
+
+T = TypeVar("T")
 
 
 def free_port() -> int:
@@ -35,11 +38,13 @@ def running(app: FastAPI) -> Iterator[str]:
             assert not thread.is_alive()
 
 
-def poll(condition: Callable[[], bool], seconds: float = 20) -> None:
+def poll(condition: Callable[[], T], seconds: float = 20, *, pause: float = 0.01) -> T:
+    """The first true answer of `condition`, asked anew after each `pause`."""
     deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never held"
-        threading.Event().wait(0.01)
+    while not (answer := condition()):
+        assert time.monotonic() < deadline, f"the condition never held: {answer!r}"
+        threading.Event().wait(pause)
+    return answer
 
 
 class Relay:

@@ -22,7 +22,7 @@ import pytest
 
 from stages.run import stage
 from tasks.cache import is_whole, objects
-from tasks.dvc import end_tree
+from tasks.processes import end_tree
 from tests.conftest import ROOT
 from tests.loopback import poll
 from tests.tasks.toy_pipeline import chain, make_checkout

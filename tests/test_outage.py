@@ -209,7 +209,7 @@ def test_stop_before_and_during_a_stage_says_what_to_do(
     server.up()
     with pytest.raises(SystemExit) as ended:
         _goes_down_after_a_step(server)
-    assert ended.value.code == 1
+    assert ended.value.code == 75
     said = capsys.readouterr().err
     assert f"MLFLOW_TRACKING_URI={server.uri} does not answer any more" in said
     assert "tracking.on_outage: keep" in said
@@ -236,7 +236,7 @@ def test_stop_at_the_end_of_a_stage_leaves_its_state(project: Path, server: Rela
     server.up()
     with pytest.raises(SystemExit) as ended:
         _one_step(server.down)
-    assert ended.value.code == 1
+    assert ended.value.code == 75
     server.up()
     assert _one_step(lambda: None) == (1, {"loss": 1.0})
     assert not Path(".state/train_sft").exists()
@@ -261,7 +261,7 @@ def test_a_stage_that_needs_the_registry_stops(
     server.down()
     with pytest.raises(SystemExit) as ended, stage("register", needs_mlflow=True):
         pytest.fail("the block must not run")
-    assert ended.value.code == 1
+    assert ended.value.code == 75
     assert "does not answer" in capsys.readouterr().err
 
 

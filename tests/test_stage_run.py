@@ -292,7 +292,7 @@ def test_mlflow_down_names_the_variable(
     Path("params.yaml").write_text(Path("params.yaml").read_text().replace("on_outage: keep", "on_outage: stop"))
     with pytest.raises(SystemExit) as ended, stage("train_sft"):
         pytest.fail("the block must not run")
-    assert ended.value.code == 1
+    assert ended.value.code == 75, "it is worth another try"
     assert "MLFLOW_TRACKING_URI=http://127.0.0.1:9 does not answer" in capsys.readouterr().err
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chatloom.errors import InputError
+from chatloom.errors import InputError, Unavailable
 
 ARTIFACT = "model"
 """Name of the checkpoint folder among the artifacts of a registered model."""
@@ -83,7 +83,7 @@ def use_tracking_store(purpose: str) -> None:
 
 @contextmanager
 def registry_errors(purpose: str) -> Iterator[None]:
-    """A registry that is down, or refuses, is an input error within seconds."""
+    """A registry that refuses is an input error, one that is down is `Unavailable`, within seconds."""
     from mlflow import get_tracking_uri
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -93,7 +93,7 @@ def registry_errors(purpose: str) -> Iterator[None]:
             yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
+        raise (Unavailable if may_pass(error) else InputError)(
             f"{purpose}: the registry at {get_tracking_uri()} did not do it: {first}; if it is down, "
             "start it (make ui), or set MLFLOW_TRACKING_URI to one that runs"
         ) from error
