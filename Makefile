@@ -11,7 +11,7 @@ PRESET ?= default
 PREFECT_PORT ?= 4200
 MLFLOW_PORT ?= 5000
 
-.PHONY: help repro flow ui serve chat test test-unit lint lock bench bench-data bench-parallel bench-serve clean
+.PHONY: help repro flow ui down serve chat test test-unit lint lock bench bench-data bench-parallel bench-serve check-cache clean
 
 help: ## List the targets
 	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 16
@@ -22,8 +22,11 @@ repro: .venv/.installed ## Bring every stage up to date with plain DVC (PRESET=s
 flow: .venv/.installed ## The same as a Prefect flow, one task a stage (PRESET=...)
 	@python -m flows.pipeline --preset $(PRESET)
 
-ui: .venv/.installed ## MLflow's UI, Prefect's server, a worker and the deployment, until Ctrl-C
+ui: .venv/.installed ## MLflow's UI, Prefect's server, a worker and the deployments, until Ctrl-C or make down
 	@exec python -m flows.ui --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
+
+down: .venv/.installed ## End what make ui started
+	@python -m flows.ui --down
 
 serve: .venv/.installed ## Serve the champion over OpenAI's API
 	@exec chatloom serve
@@ -46,7 +49,7 @@ lint: .venv/.installed ## Linters, types, import rules
 lock: ## Resolve requirements.lock anew from pyproject.toml, with uv in a throwaway environment
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT \
 	&& "$(PYTHON)" -m venv "$$folder" && "$$folder/bin/pip" install --quiet uv \
-	&& "$$folder/bin/uv" pip compile --python-version 3.11 --override requirements-overrides.txt --extra colossalai --extra dev \
+	&& "$$folder/bin/uv" pip compile --python-version 3.11 --override requirements-overrides.txt --extra colossalai --extra team --extra dev \
 		--generate-hashes --no-emit-index-url --no-header --no-annotate -o requirements.lock pyproject.toml
 
 bench: .venv/.installed ## Measure speed and memory against the peers (PART=sft: only the parts that begin so)
@@ -60,6 +63,9 @@ bench-parallel: .venv/.installed ## Measure SFT in two processes against one wit
 
 bench-serve: .venv/.installed ## Measure the server under load, beside transformers serve
 	@python -m bench.serve
+
+check-cache: .venv/.installed ## Hash every object of DVC's cache again and remove those that are spoiled
+	@python -m tasks.cache
 
 clean: ## Remove caches of tools and workspaces of presets; data, models, runs and .venv stay
 	rm -rf workspaces build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -7,8 +7,9 @@ No field has a default here: a value lives in `params.yaml`, a preset in `params
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -46,6 +47,14 @@ class Runtime(Section):
     """Weights and activations; `auto` is bfloat16 where the hardware multiplies it natively, else float32."""
     num_threads: NonNegative
     """CPU threads of one process; 0 means every core the process may use."""
+
+
+class Tracking(Section):
+    """What is measured and the server that records it; results do not depend on it."""
+
+    on_outage: Literal["keep", "stop"]
+    """While MLflow's server does not answer: `keep` the run in `.state/unsent` and send it later, or `stop` the stage.
+    A local store cannot be down, and `register`, which cannot do without, always stops."""
 
 
 class WheelSource(Section):
@@ -580,12 +589,16 @@ class RegisterParams(Section):
     gates: list[Gate]
     """Metrics that begin with `champion/` compare with the present champion; without one their gates hold."""
     licenses: LicenseGate
+    promotion: Literal["gates", "approval"]
+    """Who makes a version champion: its gates, at once when all that block hold; or a person, afterwards
+    (docs/approve.md)."""
 
 
 class Params(Section):
-    """The whole of `params.yaml`: one section a stage, and the machine."""
+    """The whole of `params.yaml`: one section a stage, the machine, and how runs are recorded."""
 
     runtime: Runtime
+    tracking: Tracking
     base_model: BaseModelParams
     raw_data: RawDataParams
     prepare_data: PrepareDataParams
@@ -608,14 +621,46 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     return validate_params(read_yaml(path), str(path))
 
 
-def load_preset(preset: Path, default: Path = Path("params.yaml")) -> dict[str, Any]:
-    """The values of `default` with those of `preset` laid over them, checked.
+def load_preset(
+    preset: Path | None, default: Path = Path("params.yaml"), overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The values of `default` with those of `preset`, if any, and then `overrides` laid over them, checked.
 
     Mappings merge key by key, lists and scalars are replaced; a mapping with another `kind` replaces the old one whole.
+
+    Args:
+        overrides: like `train_sft.optimizer.lr=1e-4`, the value as YAML.
+
+    Raises:
+        InputError: naming the file or the override, the key, its value and the remedy.
     """
-    merged = _overlay(read_yaml(default), read_yaml(preset))
-    validate_params(merged, str(preset))
+    merged = read_yaml(default)
+    if preset is not None:
+        merged = _overlay(merged, read_yaml(preset))
+        validate_params(merged, str(preset))
+    for override in overrides:
+        merged = _overlay(merged, parse_override(override))
+        validate_params(merged, f"override {override}")
     return merged
+
+
+def parse_override(override: str) -> dict[str, Any]:
+    """`a.b=1` as `{"a": {"b": 1}}`.
+
+    Raises:
+        InputError: where it has no key, or a value that is no YAML.
+    """
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise InputError(f"override {override!r}: write key=value, as train_sft.optimizer.lr=1.0e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"override {override!r}: its value is not valid YAML: {error}") from error
+    for part in reversed(parts):
+        value = {part: value}
+    return cast("dict[str, Any]", value)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,14 +17,17 @@ from rich.console import Console
 from rich.table import Table
 
 from chatloom.errors import InputError
-from tasks.dvc import find_changed, run_stage
-from tasks.workspace import DEFAULT, Reproduction, make_workspace
+from flows.parameters import Override, Preset, Stage
+from flows.walk import walking
+from tasks.dvc import dependencies, downstream
+from tasks.notify import HOOKS
+from tasks.workspace import DEFAULT, workspace_path
+
+Done = State[Any] | None
 
 
-@flow(name="reproduce", flow_run_name="reproduce-{preset}")
-def reproduce(preset: str = DEFAULT) -> dict[str, str]:
-    """Bring every stage of the checkout in the current folder up to date; one line a stage, its inputs as arguments."""
-    run = _Walk(Reproduction.start(preset, Path.cwd()))
+def walk_dag(run: Callable[..., Done]) -> None:
+    """Bring every stage up to date; one line a stage, its inputs as arguments."""
     base = run("base_model")
     raw = run("raw_data")
     prepared = run("prepare_data", base, raw)
@@ -35,40 +39,71 @@ def reproduce(preset: str = DEFAULT) -> dict[str, str]:
     chat = run("quantize", ppo, prepared)
     evaluation = run("evaluate", base, sft, reward, gold, ppo, chat, comparisons, prepared)
     run("register", raw, prepared, sft, gold, chat, evaluation)
+
+
+@flow(name="reproduce", flow_run_name="reproduce-{preset}", validate_parameters=True, **HOOKS)
+def reproduce(
+    preset: Preset = DEFAULT,
+    overrides: list[Override] = [],  # noqa: B006 - Prefect's UI shows it, nobody changes it
+    from_stage: Stage | None = None,
+    force: bool = False,
+) -> dict[str, str]:
+    """Bring every stage up to date; what did not change is not run.
+
+    Args:
+        preset: A file of params/ without its ending, or 'default' for params.yaml as it is.
+        overrides: Values laid over the preset, one a line: train_sft.optimizer.lr=1.0e-4. They run in a workspace of
+            their own.
+        from_stage: Only this stage and those that follow from it; refused where an earlier one has changed.
+        force: Run them though nothing changed, as `dvc repro --force` does.
+
+    Returns:
+        What became of each stage: unchanged, cached or ran.
+    """
+    only = downstream({from_stage}, dependencies(Path.cwd())) if from_stage else None
+    with walking(preset, overrides, only=only, force=force) as run:
+        walk_dag(run)
     return run.outcomes
 
 
-class _Walk:
-    """Runs stages by name, each after others, and keeps what came of them."""
+@flow(name="evaluate-only", flow_run_name="evaluate-{preset}", **HOOKS)
+def evaluate_only(
+    preset: Preset = DEFAULT,
+    force: bool = False,
+) -> dict[str, str]:
+    """Evaluate the models that are there; nothing is trained and nothing registered.
 
-    def __init__(self, reproduction: Reproduction) -> None:
-        self.reproduction = reproduction
-        self.changed = find_changed(reproduction)
-        self.outcomes: dict[str, str] = {}
+    Args:
+        preset: A file of params/ without its ending, or 'default' for params.yaml as it is.
+        force: Evaluate though nothing changed.
 
-    def __call__(self, name: str, *after: State[Any]) -> State[Any]:
-        """The stage's last state; raises where the stage fails, so that nothing runs on stale inputs."""
-        task = run_stage.with_options(name=name)
-        state: State[Any] = task(name, self.reproduction, self.changed, wait_for=after, return_state=True)
-        state.result()  # raises
-        self.outcomes[name] = (state.name or "").lower()
-        return state
+    Returns:
+        What became of the stage: unchanged, cached or ran.
+    """
+    with walking(preset, [], only=frozenset({"evaluate"}), force=force) as run:
+        walk_dag(run)
+    return run.outcomes
 
 
-def main(preset: Annotated[str, typer.Option(help="A file of params/, or 'default'.")] = DEFAULT) -> None:
+def main(
+    preset: Annotated[str, typer.Option(help="A file of params/, or 'default'.")] = DEFAULT,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="Another value, as train_sft.seed=7; repeatable.")
+    ] = None,
+) -> None:
     """Bring every stage up to date, one Prefect task a stage."""
     console = Console(soft_wrap=True)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
         # A terminal that is closed is as Ctrl-C: stages are in sessions of their own and would not notice.
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
-        make_workspace(preset)  # a wrong preset fails before a server is started for it
+        workspace_path(preset, Path.cwd(), override or [])  # wrong values fail before a server is started for them
     except InputError as error:
         console.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None
     # Of a server of our own: its end cuts off its own services, which log that as errors.
     with temporary_settings({PREFECT_SERVER_LOGGING_LEVEL: "CRITICAL", PREFECT_SERVER_ANALYTICS_ENABLED: False}):
-        state = reproduce(preset, return_state=True)
+        state = reproduce(preset, override or [], return_state=True)
     if not state.is_completed():
         console.print(f"{state.name}: {state.message}", style="red", markup=False)
         raise typer.Exit(1)

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 from chatloom.config import Params
+from chatloom.errors import InputError
 from chatloom.registry.hashes import dvc_md5
 
 TOKENS = ("tokens", "calibration_tokens")
@@ -42,6 +42,19 @@ def hash_outs(stage: str, pipeline: Path = Path("dvc.yaml")) -> dict[str, str]:
     return {out: md5 for out, md5 in hashes.items() if md5 is not None}
 
 
+def require_writable(stage: str, pipeline: Path = Path("dvc.yaml")) -> None:
+    """Before hours of work: what the stage makes can be put where `dvc.yaml` says.
+
+    Raises:
+        InputError: naming the folder that cannot be written.
+    """
+    listed = listed_stage(stage, pipeline) or {}
+    for out in (Path(out) for kind in ("outs", "metrics") for out in listed.get(kind, [])):
+        folder = next(parent for parent in out.parents if parent.exists())
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise InputError(f"{folder.absolute()}: cannot be written, and {out} goes there; give the right to write")
+
+
 def measure_cost(metrics: dict[str, float]) -> dict[str, float]:
     """What the stage took until now, as metrics: wall time, processor and accelerator hours, peak memory, tokens.
 
@@ -50,7 +63,7 @@ def measure_cost(metrics: dict[str, float]) -> dict[str, float]:
     Args:
         metrics: of the stage; it knows its tokens.
     """
-    wall = time.time() - psutil.Process().create_time()
+    wall = _seconds_since_start()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     cost = {
@@ -66,6 +79,13 @@ def measure_cost(metrics: dict[str, float]) -> dict[str, float]:
         }
     tokens = sum(metrics.get(name, 0.0) for name in TOKENS)
     return cost | ({"cost/tokens": tokens} if tokens else {})
+
+
+def _seconds_since_start() -> float:
+    """Since this process was started, by the clock that nobody sets."""
+    stat = Path("/proc/self/stat").read_text(encoding="utf-8")
+    ticks = int(stat.rpartition(")")[2].split()[19])  # field 22 of proc(5), counted from the boot
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def listed_stage(stage: str, pipeline: Path) -> dict[str, Any] | None:

@@ -1,4 +1,7 @@
-"""Register the 4-bit chat model: a new version in MLflow's registry, champion if every blocking gate holds."""
+"""Register the 4-bit chat model: a new version in MLflow's registry, champion if every blocking gate holds.
+
+With `register.promotion: approval` a person decides afterwards.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ SAMPLE_QUESTION = "What is the capital of France?"
 
 
 def main() -> None:
-    with stage("register") as run:
+    with stage("register", needs_mlflow=True) as run:
         params = run.params.register_
         facts = collect_lineage(run.params, str(MODEL), os.environ.get("CHATLOOM_PRESET"))
         facts["runs"] = find_runs(facts)
@@ -72,7 +75,8 @@ def main() -> None:
             champion=champion,
             sample_question=SAMPLE_QUESTION,
             description=card,
-            files=(REPORT, CARD),
+            files=(REPORT, CARD, EVALUATION),
+            promote=params.promotion == "gates",
         )
         run.table("gates", gate_table(registered))
         run.report(

@@ -11,6 +11,8 @@ measured goes to DVC (files) and to MLflow (a run) from one call, so that the tw
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import logging
 import math
 import os
@@ -28,10 +30,10 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from chatloom.config import Params, load_params
-from chatloom.errors import InputError
+from chatloom.errors import EX_TEMPFAIL, InputError, Unavailable
 from chatloom.files import atomic_dir, atomic_file, write_json
-from chatloom.parallel.launch import is_first, report_failure
-from stages.recorded import hash_outs, measure_cost
+from chatloom.parallel.launch import is_first, report_failure, stop_with_dvc
+from stages.recorded import hash_outs, measure_cost, require_writable
 from stages.tracking import MlflowRun, Numbers, Untracked
 
 if TYPE_CHECKING:
@@ -52,37 +54,48 @@ class _Terminated(BaseException):
 
 
 @contextmanager
-def stage(name: str) -> Iterator[StageRun]:
+def stage(name: str, *, needs_mlflow: bool = False) -> Iterator[StageRun]:
     """Run the block as the stage `name`, in the folder that holds `params.yaml`.
 
-    An `InputError` is one line on stderr and exit status 1; any other exception keeps its traceback. Metrics and curves
-    are written when the block has ended well, all of them or none. Of several processes that run it together, the first
-    one records and writes; the others are silent.
+    An `InputError` is one line on stderr and exit status 1, or 75 where another try may help (`Unavailable`); any other
+    exception keeps its traceback. Metrics and curves are written when the block has ended well, all of them or none. Of
+    several processes that run it together, the first one records and writes; the others are silent.
+
+    Args:
+        needs_mlflow: it cannot do its work without, whatever `tracking.on_outage` says.
     """
     with log_to_stderr(), _sigterm_raises():
         started = time.monotonic()
+        stop_with_dvc()
         try:
             params = load_params()
-            preset = os.environ.get(PRESET) or "default"
-            tracked: MlflowRun | Untracked = Untracked()
-            if is_first():
-                tracked = MlflowRun.start(name, params, Path.cwd(), preset, _reproduction())
-            try:
-                run = StageRun(name, params, tracked)
-                yield run
-                if is_first():
-                    run._write()
-            except BaseException as error:
-                tracked.end_badly("KILLED" if isinstance(error, KeyboardInterrupt | _Terminated) else "FAILED")
-                raise
+            require_writable(name)
+            with _alone(name):
+                tracked = _track(name, params, needs_mlflow)
+                try:
+                    run = StageRun(name, params, tracked)
+                    yield run
+                    if is_first():
+                        run._write()
+                except BaseException as error:
+                    tracked.end_badly("KILLED" if isinstance(error, KeyboardInterrupt | _Terminated) else "FAILED")
+                    raise
+                tracked.end("FINISHED")
+                run._forget_state()
         except InputError as error:
             if not report_failure(f"{name}: {error}"):
                 log.error("%s: %s", name, error)
+            raise SystemExit(EX_TEMPFAIL if isinstance(error, Unavailable) else 1) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            text = f"{name}: {error}; make room and run again, which goes on from the last saved state"
+            if not report_failure(text):
+                log.error("%s", text)
             raise SystemExit(1) from None
         except (KeyboardInterrupt, _Terminated) as interrupt:
             log.error("%s: interrupted", name)
             raise SystemExit(143 if isinstance(interrupt, _Terminated) else 130) from None
-        tracked.end("FINISHED")
         log.info("%s: done in %.1f s", name, time.monotonic() - started)
 
 
@@ -210,7 +223,10 @@ class StageRun:
             write_json(Path("metrics", f"{self.name}.json"), self._metrics)
         self._tracked.outs(hash_outs(self.name))
         self._tracked.metrics(measure_cost(self._totals))
-        if self._checkpoints is not None:
+
+    def _forget_state(self) -> None:
+        """Last of all: a stage that cannot say what it did is run again, and has to go on from it."""
+        if self._checkpoints is not None and is_first():
             self._checkpoints.remove()
 
 
@@ -236,6 +252,33 @@ def _write_curve(path: Path, rows: dict[int, dict[str, float]]) -> None:
         writer = csv.DictWriter(file, ["step", *columns], lineterminator="\n")
         writer.writeheader()
         writer.writerows({"step": step, **rows[step]} for step in sorted(rows))
+
+
+def _track(name: str, params: Params, needs_mlflow: bool) -> MlflowRun | Untracked:
+    if not is_first():
+        return Untracked()
+    preset = os.environ.get(PRESET) or "default"
+    return MlflowRun.start(name, params, Path.cwd(), preset, _reproduction(), needs_mlflow)
+
+
+@contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """Where DVC starts the stage: wait for one of this workspace whose DVC was killed, and which saves its state."""
+    if "DVC_STAGE" not in os.environ or not is_first():
+        yield
+        return
+    STATE.mkdir(exist_ok=True)
+    with (STATE / f"{name}.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            log.warning("%s: process %s still runs it here, without DVC; waiting for its end", name, lock.read())
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
 
 
 def _reproduction() -> str | None:

@@ -10,30 +10,46 @@ import socket
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import psutil
 import yaml
 
 from chatloom.config import Params
-from chatloom.errors import InputError
+from chatloom.errors import InputError, Unavailable
 from chatloom.git import head
 from chatloom.registry.lineage import INPUTS_TAG, OUT_TAG, describe_machine
-from chatloom.registry.resolve import few_retries
+from chatloom.registry.resolve import few_retries, may_pass
+from stages.outbox import (
+    Errors,
+    Event,
+    Outbox,
+    Record,
+    create,
+    first_line,
+    import_mlflow,
+    now,
+    perform,
+    send_kept,
+    sqlite_file,
+)
 from stages.recorded import hash_inputs
 
 log = logging.getLogger("stages.run")
 
 # Tags of a run
-PRESET, REPRODUCTION, STAGE = "chatloom.preset", "chatloom.reproduction", "chatloom.stage"
+PRESET, STAGE = "chatloom.preset", "chatloom.stage"
 WORKSPACE, HOST, PID, STARTED = "chatloom.workspace", "chatloom.host", "chatloom.pid", "chatloom.process_started"
 SAME_START = 5.0
 """Seconds that two readings of one process's start may differ: the system's clock is set now and then."""
 SAMPLE_ROWS = 20
 MAX_PARAM_LENGTH = 6000  # MLflow refuses longer values
-MAX_PARAMS_AT_ONCE, MAX_METRICS_AT_ONCE = 100, 1000  # and larger batches
+SECONDS_BETWEEN_TRIES, SECONDS_TO_TRY = 60.0, 5
+"""Of sending what was kept while MLflow did not answer: a server that hangs costs a stage no more than their ratio."""
 
 Numbers = Mapping[str, float]
 
@@ -41,90 +57,154 @@ Numbers = Mapping[str, float]
 class MlflowRun:
     """The stage's MLflow run, and its parent where the stage is part of a reproduction."""
 
-    def __init__(self, api: Any, id: str, parent: str | None) -> None:
-        self._api, self._client, self.id, self.parent = api, api.MlflowClient(), id, parent
+    def __init__(self, api: Any, errors: Errors, record: Record, keep: bool) -> None:
+        self._api, self._errors, self._record, self._keep = api, errors, record, keep
+        self._outbox: Outbox | None = None
+        self._next_try = 0.0
+
+    @cached_property
+    def _client(self) -> Any:
+        """Made when first used: a local store is made, or found broken, with it."""
+        return self._api.MlflowClient(self._record.uri)
 
     @classmethod
-    def start(cls, name: str, params: Params, root: Path, preset: str, reproduction: str | None) -> MlflowRun:
+    def start(
+        cls, name: str, params: Params, root: Path, preset: str, reproduction: str | None, must_answer: bool = False
+    ) -> MlflowRun:
         """Connect, find or create experiment and parent run, start the stage's run with its tags and params.
 
+        Args:
+            must_answer: the stage cannot do its work without MLflow, whatever `tracking.on_outage` says.
+
         Raises:
-            InputError: where the store cannot be used.
+            InputError: where the store cannot be used; Unavailable where it is only down or busy and that is a reason
+                (`tracking.on_outage`).
         """
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root}/mlflow.db"
-        mlflow, store_errors = _import_mlflow()
+        mlflow, errors = import_mlflow()
+        mlflow.set_tracking_uri(uri)
+        own = {STAGE: name, WORKSPACE: str(root), "machine": json.dumps(describe_machine()), **_process_tags()}
+        if (inputs := hash_inputs(name, params)) is not None:
+            own[INPUTS_TAG] = inputs
+        record = Record(uri, name, _with_context(own), _tags(root, preset), reproduction, now())
+        keep = params.tracking.on_outage == "keep" and not must_answer and _is_server(uri)
+        run = cls(mlflow, errors, record, keep)
         try:
             # Stages started at once race for a fresh store and for the parent run: one at a time.
-            # In seconds it is known that a server is down; later there is work to lose, and MLflow's patience is right.
             with _store_lock(uri), few_retries():
-                mlflow.set_tracking_uri(uri)
-                experiment = _experiment(mlflow, uri)
-                tags = _tags(root, preset)
-                parent = _parent_run(mlflow, experiment, reproduction, tags)
-                own = {STAGE: name, WORKSPACE: str(root), "machine": json.dumps(describe_machine()), **_process_tags()}
-                if (inputs := hash_inputs(name, params)) is not None:
-                    own[INPUTS_TAG] = inputs
-                _end_abandoned(mlflow, experiment, own, parent)
-                run = mlflow.start_run(
-                    experiment_id=experiment, run_name=name, parent_run_id=parent, tags={**tags, **own}
-                )
-        except store_errors as error:
-            raise InputError(
-                f"MLflow at MLFLOW_TRACKING_URI={uri} does not answer: {_first_line(error)}\n"
-                "start it (make ui), or unset MLFLOW_TRACKING_URI to record in ./mlflow.db"
-            ) from error
-        log.info("%s: MLflow run %s", name, run.info.run_id)
-        started = cls(mlflow, run.info.run_id, parent)
+                send_kept(mlflow, uri)
+                experiment = create(run._client, record)
+                _end_abandoned(run._client, experiment, record)
+                mlflow.start_run(record.id)
+        except errors as error:
+            if not (keep and may_pass(error)):
+                raise (Unavailable if may_pass(error) else InputError)(
+                    f"MLflow at MLFLOW_TRACKING_URI={uri} does not answer: {first_line(error)}\n"
+                    "start it (make ui), or unset MLFLOW_TRACKING_URI to record in ./mlflow.db"
+                ) from error
+            run._begin_to_keep(error)
+        log.info("%s: MLflow run %s", name, record.id or "will be made later")
         values = params.model_dump(mode="json", by_alias=True)
-        started._params(flattened({key: values[key] for key in (name, "runtime") if key in values}))
-        return started
+        flat = flattened({key: values[key] for key in (name, "runtime") if key in values})
+        run._tell({"do": "params", "values": flat})
+        return run
 
     def metrics(self, values: Numbers, step: int | None = None) -> None:
-        self._api.log_metrics({name: float(value) for name, value in values.items()}, step=step)
+        self.curves([(name, step or 0, float(value)) for name, value in values.items()])
 
     def curves(self, points: Sequence[tuple[str, int, float]]) -> None:
         """Metrics of many steps at once, as (name, step, value)."""
-        now = int(time.time() * 1000)
-        metrics = [self._api.entities.Metric(name, value, now, step) for name, step, value in points]
-        for start in range(0, len(metrics), MAX_METRICS_AT_ONCE):
-            self._client.log_batch(self.id, metrics=metrics[start : start + MAX_METRICS_AT_ONCE])
+        at = now()
+        self._tell({"do": "metrics", "points": [[name, step, value, at] for name, step, value in points]})
 
     def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
         """Rows of `tables/<name>.json`; a second call appends."""
-        self._api.log_table({key: list(cells) for key, cells in columns.items()}, f"tables/{name}.json")
+        self._tell({"do": "table", "name": name, "columns": {key: list(cells) for key, cells in columns.items()}})
 
     def artifact(self, path: Path, folder: str) -> None:
-        self._api.log_artifact(str(path), folder)
+        self._tell({"do": "artifact", "path": str(path), "folder": folder})
 
     def outs(self, hashes: Mapping[str, str]) -> None:
         """What the run made: from the bytes of a model one finds the run."""
-        for path, md5 in hashes.items():
-            self._client.set_tag(self.id, f"{OUT_TAG}{path}", md5)
+        self._tell({"do": "tags", "values": {f"{OUT_TAG}{path}": md5 for path, md5 in hashes.items()}})
 
     def dataset(self, path: Path, name: str) -> None:
         """A few rows of what the stage read, and its DVC hash as the digest."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # on integer columns and on what kind of source a path is
             data = self._api.data.from_pandas(_sample(path), source=str(path), name=name, digest=dvc_hash(path))
-            self._api.log_input(data, context=name)
+            self._tell({"do": "dataset", "fields": data.to_dict()})
 
     def end(self, status: str) -> None:
         """Give the run and its parent their last status."""
-        self._api.end_run(status)
-        if self.parent is not None:
-            self._client.set_terminated(self.parent, status)
+        try:
+            self._tell({"do": "end", "status": status, "at": now()})
+        finally:
+            # Off MLflow's list of active runs: what is on it when the process ends is ended once more, with patience.
+            with few_retries(0, SECONDS_TO_TRY), suppress(*self._errors):
+                self._api.end_run(status)
+        if self._outbox is not None:
+            self._outbox.close()
+            log.warning(
+                "MLflow at %s does not answer: the run is kept in %s, and is sent when the next stage starts, or by "
+                "python -m stages.outbox",
+                self._record.uri,
+                self._outbox.folder,
+            )
 
     def end_badly(self, status: str) -> None:
         """As `end`, where trouble with MLflow must not hide what went wrong before it."""
+        trouble: Errors = (InputError, *self._errors)
         try:
-            self.end(status)
-        except self._api.exceptions.MlflowException as error:
-            log.error("MLflow run %s left without its status %s: %s", self.id, status, _first_line(error))
+            with few_retries(0, SECONDS_TO_TRY):
+                self.end(status)
+        except trouble as error:
+            log.error("MLflow run %s left without its status %s: %s", self._record.id, status, first_line(error))
 
-    def _params(self, values: dict[str, str]) -> None:
-        items = list(values.items())
-        for start in range(0, len(items), MAX_PARAMS_AT_ONCE):
-            self._api.log_params(dict(items[start : start + MAX_PARAMS_AT_ONCE]))
+    def _tell(self, event: Event) -> None:
+        """Tell MLflow, or keep the event while MLflow does not answer and try again every now and then."""
+        if self._outbox is None:
+            try:
+                with few_retries() if self._keep else nullcontext():  # else a stage has work to lose: MLflow's patience
+                    perform(self._client, self._record, event)
+                return
+            except self._errors as error:
+                if not may_pass(error):
+                    raise
+                if not self._keep:
+                    raise Unavailable(
+                        f"MLflow at MLFLOW_TRACKING_URI={self._record.uri} does not answer any more: "
+                        f"{first_line(error)}\nstart it and run again, which goes on from the last state, or set "
+                        "tracking.on_outage: keep in params.yaml to go on without it"
+                    ) from error
+                self._begin_to_keep(error)
+        assert self._outbox is not None
+        self._outbox.add(event)
+        if time.monotonic() >= self._next_try or event["do"] == "end":
+            self._try_to_send()
+
+    def _begin_to_keep(self, error: BaseException) -> None:
+        self._outbox = Outbox(self._record)
+        self._next_try = time.monotonic() + SECONDS_BETWEEN_TRIES
+        log.warning(
+            "MLflow at %s does not answer: %s; its run goes to %s meanwhile",
+            self._record.uri,
+            first_line(error),
+            self._outbox.folder,
+        )
+
+    def _try_to_send(self) -> None:
+        assert self._outbox is not None
+        try:
+            with few_retries(0, SECONDS_TO_TRY):
+                self._record = self._outbox.send(self._client)
+        except self._errors as error:
+            if not may_pass(error):
+                raise
+            self._next_try = time.monotonic() + SECONDS_BETWEEN_TRIES
+        else:
+            self._outbox = None
+            log.info("MLflow answers again: it has run %s with all that was kept", self._record.id)
 
 
 class Untracked:
@@ -178,57 +258,33 @@ def dvc_hash(path: Path, lock: Path = Path("dvc.lock")) -> str | None:
     return None
 
 
-def _import_mlflow() -> tuple[Any, tuple[type[Exception], ...]]:
-    """MLflow (seconds to import) with its chatter off, and what it raises where its store cannot be used."""
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    import mlflow
-    import mlflow.data
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return mlflow, (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError)
-
-
-def _experiment(mlflow: Any, uri: str) -> str:
-    """Id of the experiment; one in a local store keeps its artifacts beside the store."""
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "chatloom"
-    if (found := mlflow.get_experiment_by_name(name)) is not None:
-        return cast(str, found.experiment_id)
-    store = _sqlite_file(uri)
-    location = (store.parent / "mlartifacts").as_uri() if store is not None else None
-    return cast(str, mlflow.create_experiment(name, artifact_location=location))
-
-
-def _parent_run(mlflow: Any, experiment: str, reproduction: str | None, tags: dict[str, str]) -> str | None:
-    """Id of the run of this reproduction, shown as running while a stage runs; None outside a reproduction."""
-    if reproduction is None:
-        return None
-    client = mlflow.MlflowClient()
-    found = client.search_runs([experiment], f"tags.`{REPRODUCTION}` = '{reproduction}'", max_results=1)
-    if found:
-        client.update_run(found[0].info.run_id, status="RUNNING")
-        return cast(str, found[0].info.run_id)
-    created = client.create_run(experiment, run_name=reproduction, tags=tags | {REPRODUCTION: reproduction})
-    return cast(str, created.info.run_id)
-
-
-def _end_abandoned(mlflow: Any, experiment: str, own: dict[str, str], parent: str | None) -> None:
+def _end_abandoned(client: Any, experiment: str, record: Record) -> None:
     """End earlier runs of this stage, in this workspace on this host, whose process was killed outright.
 
     Such a process could not end its run, nor the run of its reproduction, which is ended too unless it goes on.
     """
-    client = mlflow.MlflowClient()
+    own = record.tags
     same = " and ".join(f"tags.`{tag}` = '{own[tag]}'" for tag in (STAGE, HOST))
     for run in client.search_runs([experiment], f"attributes.status = 'RUNNING' and {same}"):
         tags = run.data.tags
         if tags[WORKSPACE] != own[WORKSPACE] or _is_running(int(tags[PID]), float(tags[STARTED])):
             continue
         client.set_terminated(run.info.run_id, "KILLED")
-        if (its_parent := tags.get("mlflow.parentRunId")) not in (None, parent):
+        if (its_parent := tags.get("mlflow.parentRunId")) not in (None, record.parent):
             client.set_terminated(its_parent, "KILLED")
         log.info("%s: MLflow run %s ended, its process was killed", own[STAGE], run.info.run_id)
+
+
+def _with_context(tags: dict[str, str]) -> dict[str, str]:
+    """And what MLflow itself says of every run: user, program."""
+    from mlflow.tracking.context.registry import resolve_tags
+
+    return cast("dict[str, str]", resolve_tags(tags))
+
+
+def _is_server(uri: str) -> bool:
+    """Whether it is something that can be down, and not a file."""
+    return urlsplit(uri).scheme not in ("", "file", "sqlite")
 
 
 def _process_tags() -> dict[str, str]:
@@ -278,23 +334,15 @@ def _sample(path: Path) -> Any:
     return pd.DataFrame(rows)
 
 
-def _sqlite_file(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
-
-
 @contextmanager
 def _store_lock(uri: str) -> Iterator[None]:
     """One process at a time in a local store; a server does its own locking."""
     import fcntl
 
-    store = _sqlite_file(uri)
+    store = sqlite_file(uri)
     if store is None:
         yield
         return
     with store.with_name(f"{store.name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

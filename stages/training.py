@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from chatloom.config import load_params
 from chatloom.errors import InputError
-from chatloom.parallel.launch import is_worker, run_worker, start_workers
+from chatloom.parallel.launch import is_worker, run_worker, start_workers, stop_with_dvc
 from stages.run import log_to_stderr
 
 log = logging.getLogger("stages.training")
@@ -24,6 +24,7 @@ def start(name: str, main: Callable[[], None]) -> None:
     if parallel.num_processes == 1:
         main()
         return
+    stop_with_dvc()
     with log_to_stderr():
         try:
             raise SystemExit(start_workers(f"stages.{name}", parallel))

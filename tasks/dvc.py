@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from logging import Logger, LoggerAdapter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import psutil
-from prefect import State, get_run_logger, task
+from prefect import State, Task, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import TaskRun
 from prefect.states import Completed
+from prefect.tasks import exponential_backoff
 
+from chatloom.errors import EX_TEMPFAIL
+from tasks.processes import SECONDS_OF_GRACE, end_tree
+from tasks.progress import ProgressArtifact
+from tasks.slots import slot_of
 from tasks.workspace import Reproduction
 
 Outcome = Literal["unchanged", "cached", "ran"]
 DVC = [sys.executable, "-m", "dvc"]
 LINES_IN_A_FAILURE = 20
 LONGEST_LINE = 4000  # Prefect drops a record that is too long
-SECONDS_TO_END = 30.0
-SECONDS_OF_GRACE = 8.0
-"""In which a stage that is told to stop finishes its training step and saves its state: a cancel takes under 10 s."""
 
 # What DVC says of a stage, as whole lines: a stage may print anything.
 SAYS: dict[str, Outcome] = {
@@ -36,8 +37,21 @@ SAYS: dict[str, Outcome] = {
 }
 
 
+# As whole lines too: an exit status of a stage that may pass, and DVC's locks in the hands of somebody else.
+PASSES = re.compile(
+    rf"ERROR: failed to reproduce '\S+': failed to run: .*, exited with {EX_TEMPFAIL}"
+    r"|ERROR: (failed to reproduce '\S+': )?(Unable to acquire lock\..*|'.*' is busy, it is being blocked by:)"
+)
+RETRIES, SECONDS_OF_BACKOFF = 4, 15
+"""Tries after the first one, and the wait before the first of them, which doubles: four minutes in all."""
+
+
 class StageFailed(RuntimeError):
     """A stage, or DVC around it, ended with an error; the message ends with its last lines."""
+
+
+class StageUnavailable(StageFailed):
+    """For a reason that may pass: a network, a registry that is down, a lock that somebody else holds."""
 
 
 def dependencies(folder: Path) -> dict[str, list[str]]:
@@ -72,7 +86,8 @@ def changed_stages(reproduction: Reproduction) -> frozenset[str]:
         check=False,
     )
     if done.returncode:
-        raise StageFailed(f"dvc status in {folder} ended with status {done.returncode}:\n{done.stderr.strip()}")
+        kind = StageUnavailable if any(map(PASSES.fullmatch, done.stderr.splitlines())) else StageFailed
+        raise kind(f"dvc status in {folder} ended with status {done.returncode}:\n{done.stderr.strip()}")
     return downstream(set(json.loads(done.stdout)), dependencies(folder))
 
 
@@ -84,29 +99,46 @@ def downstream(stages: set[str], needs: dict[str, list[str]]) -> frozenset[str]:
     return frozenset(reached)
 
 
-def reproduce_stage(name: str, reproduction: Reproduction, log: Logger | LoggerAdapter[Any]) -> Outcome:
-    """Run one stage as `dvc repro --single-item` does; its lines go to `log` as they come.
+def upstream(stages: set[str], needs: dict[str, list[str]]) -> frozenset[str]:
+    """`stages` and every stage that one of them needs, directly or not."""
+    reached = set(stages)
+    while new := {need for name in reached for need in needs[name]} - reached:
+        reached |= new
+    return frozenset(reached)
+
+
+def reproduce_stage(
+    name: str, reproduction: Reproduction, say: Callable[[str], None], *, force: bool = False
+) -> Outcome:
+    """Run one stage as `dvc repro --single-item` does; `say` gets its lines as they come.
 
     Only for a walk in topological order: DVC takes stale inputs of a single item as they are.
 
+    Args:
+        force: run it though nothing changed.
+
     Raises:
-        StageFailed: where the stage fails.
+        StageUnavailable: where the stage fails for a reason that may pass.
+        StageFailed: where it fails.
     """
     said: dict[str, Outcome] = {line.format(name): outcome for line, outcome in SAYS.items()}
     outcome: Outcome | None = None
+    kind = StageFailed
     last: deque[str] = deque(maxlen=LINES_IN_A_FAILURE)
-    with _subprocess([*DVC, "repro", "--single-item", name], reproduction) as process:
+    command = [*DVC, "repro", "--single-item", *(["--force"] if force else []), name]
+    with _subprocess(command, reproduction) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            text = _shortened(line.rstrip())
-            if not text:
+        for line in map(str.rstrip, process.stdout):
+            if not line:
                 continue
-            log.info(text)
-            last.append(text)
-            outcome = outcome or said.get(text)
+            say(_shortened(line))
+            last.append(_shortened(line))
+            outcome = outcome or said.get(line)
+            if PASSES.fullmatch(line):
+                kind = StageUnavailable
         status = process.wait()
     if status or outcome is None:
-        raise StageFailed("\n".join([f"stage {name} in {reproduction.workspace} ended with status {status}:", *last]))
+        raise kind("\n".join([f"stage {name} in {reproduction.workspace} ended with status {status}:", *last]))
     return outcome
 
 
@@ -134,44 +166,45 @@ def _subprocess(command: list[str], reproduction: Reproduction) -> Iterator[subp
         process.wait()
 
 
-def end_tree(pid: int, seconds: float = SECONDS_TO_END, *, top: bool = True) -> None:
-    """SIGTERM to a process and all below; SIGKILL to what is left after `seconds`, or once we are told to stop again.
-
-    Args:
-        top: False where the process ends by itself when those below it have: DVC then frees its locks. Who is in a
-            session of its own, as the ranks of a stage are, is then told by the process that started it, and so once.
-    """
-    process = psutil.Process(pid)
-    session, below = os.getsid(pid), process.children(recursive=True)
-    try:
-        for one in [*below, process] if top or not below else below:
-            with suppress(psutil.NoSuchProcess, ProcessLookupError):
-                if top or os.getsid(one.pid) == session:
-                    one.terminate()
-        psutil.wait_procs([*below, process], timeout=seconds)
-    finally:
-        for one in (*below, process):
-            with suppress(psutil.NoSuchProcess):
-                one.kill()
-
-
 def _shortened(line: str) -> str:
     return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]} ... ({len(line)} characters)"
 
 
-@task(name="changed_stages", task_run_name="dvc status", cache_policy=NO_CACHE)
+def retry_on(kind: type[Exception]) -> dict[str, Any]:
+    """Options of a task that is tried again, ever later, where it raises `kind`, and for nothing else."""
+
+    def may_pass(_task: Task[..., Any], _task_run: TaskRun, state: State[Any]) -> bool:
+        return isinstance(state.data, kind)
+
+    return {
+        "retries": RETRIES,
+        "retry_delay_seconds": exponential_backoff(SECONDS_OF_BACKOFF),
+        "retry_condition_fn": may_pass,
+    }
+
+
+@task(name="changed_stages", task_run_name="dvc status", cache_policy=NO_CACHE, **retry_on(StageUnavailable))
 def find_changed(reproduction: Reproduction) -> frozenset[str]:
     changed = changed_stages(reproduction)
     get_run_logger().info("may have work to do: %s", ", ".join(sorted(changed)) or "nothing")
     return changed
 
 
-@task(task_run_name="{name}", cache_policy=NO_CACHE)
-def run_stage(name: str, reproduction: Reproduction, changed: frozenset[str]) -> State[None]:
+@task(task_run_name="{name}", cache_policy=NO_CACHE, **retry_on(StageUnavailable))
+def run_stage(name: str, reproduction: Reproduction, changed: frozenset[str], force: bool = False) -> State[None]:
     """Ends in a state named Unchanged, Cached or Ran.
 
     Without a result: Prefect takes for an input of a task whatever task made an object that is among its arguments,
     and "ran" is one object for all stages.
     """
-    outcome = reproduce_stage(name, reproduction, get_run_logger()) if name in changed else "unchanged"
+    if name not in changed and not force:
+        return Completed(name="Unchanged")
+    log, progress = get_run_logger(), ProgressArtifact(name)
+
+    def say(line: str) -> None:
+        log.info(line)
+        progress.read(line)
+
+    with slot_of(name, reproduction, log.info):
+        outcome = reproduce_stage(name, reproduction, say, force=force)
     return Completed(name=outcome.capitalize())

@@ -10,22 +10,31 @@ from typing import Annotated
 import typer
 
 from chatloom.errors import InputError
-from tasks.workspace import DEFAULT, Reproduction
+from tasks.alone import alone_in
+from tasks.workspace import DEFAULT, Reproduction, workspace_path
 
 
 def main(
     preset: Annotated[str, typer.Option(help="A file of params/, or 'default'.")] = DEFAULT,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="Another value, as train_sft.seed=7; repeatable.")
+    ] = None,
     stage: Annotated[list[str] | None, typer.Option(help="Only this stage and what it needs; repeatable.")] = None,
 ) -> None:
     """Bring every stage up to date."""
+    root, overrides = Path.cwd().resolve(), override or []
     try:
-        reproduction = Reproduction.start(preset, Path.cwd())
+        workspace = workspace_path(preset, root, overrides)
+        with alone_in(workspace, lambda line: typer.echo(line, err=True)) as record:
+            reproduction = Reproduction.start(preset, root, overrides)
+            record({"reproduction": reproduction.id})
+            os.chdir(workspace)
+            # DVC takes the place of this process: its exit status and the signals sent to it need no passing on.
+            command = [sys.executable, "-m", "dvc", "repro", *(stage or [])]
+            os.execve(sys.executable, command, reproduction.environment())
     except InputError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
-    os.chdir(reproduction.workspace)
-    # DVC takes the place of this process: its exit status and the signals sent to it need no passing on.
-    os.execve(sys.executable, [sys.executable, "-m", "dvc", "repro", *(stage or [])], reproduction.environment())
 
 
 if __name__ == "__main__":

@@ -6,11 +6,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 import httpx
 import uvicorn
 from fastapi import FastAPI
+
+T = TypeVar("T")
 
 
 def free_port() -> int:
@@ -35,8 +38,56 @@ def running(app: FastAPI) -> Iterator[str]:
             assert not thread.is_alive()
 
 
-def poll(condition: Callable[[], bool], seconds: float = 20) -> None:
+def poll(condition: Callable[[], T], seconds: float = 20, *, pause: float = 0.01) -> T:
+    """The first true answer of `condition`, asked anew after each `pause`."""
     deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never held"
-        threading.Event().wait(0.01)
+    while not (answer := condition()):
+        assert time.monotonic() < deadline, f"the condition never held: {answer!r}"
+        threading.Event().wait(pause)
+    return answer
+
+
+class Relay:
+    """An address before a server: down, it refuses who comes and breaks off what is under way."""
+
+    def __init__(self, server_port: int) -> None:
+        self._server_port = server_port
+        self.port = free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._listener: socket.socket | None = None
+        self._open: list[socket.socket] = []
+
+    def up(self) -> None:
+        if self._listener is None:
+            self._listener = socket.create_server(("127.0.0.1", self.port))
+            threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def down(self) -> None:
+        if self._listener is not None:
+            self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.close()
+            self._listener = None
+            for one in self._open:
+                with suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)
+            self._open.clear()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                client = listener.accept()[0]
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client, suppress(OSError), socket.create_connection(("127.0.0.1", self._server_port)) as server:
+            self._open += [client, server]
+            threading.Thread(target=copy_bytes, args=(client, server), daemon=True).start()
+            copy_bytes(server, client)
+
+
+def copy_bytes(source: socket.socket, target: socket.socket) -> None:
+    """Until one of the two ends; the other one is told so."""
+    with suppress(OSError):
+        while content := source.recv(65536):
+            target.sendall(content)
+        target.shutdown(socket.SHUT_WR)

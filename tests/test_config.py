@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,33 @@ def test_a_preset_overrides_single_keys_and_replaces_lists_and_other_kinds(tmp_p
     assert merged["train_sft"]["optimizer"] == default["train_sft"]["optimizer"] | {"lr": 0.5}
     assert merged["base_model"]["source"] == {"kind": "path", "path": "/m"}
     assert merged["base_model"]["stop_tokens"] == ["</s>"]
+
+
+def test_overrides_come_last_and_one_key_at_a_time() -> None:
+    default = read_yaml(DEFAULT)
+    smoke = ROOT / "params/smoke.yaml"
+    merged = load_preset(smoke, DEFAULT, ["train_sft.max_steps=3", "base_model.source={kind: path, path: /m}"])
+    assert merged["train_sft"]["max_steps"] == 3
+    assert merged["base_model"]["source"] == {"kind": "path", "path": "/m"}
+    assert merged["train_gold"] == load_preset(smoke, DEFAULT)["train_gold"]
+    only = load_preset(None, DEFAULT, ["train_sft.parallel.strategy=ddp"])
+    assert only["train_sft"]["parallel"] == default["train_sft"]["parallel"] | {"strategy": "ddp"}
+    assert only["train_ppo"] == default["train_ppo"]  # it shares an alias with train_sft
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train_sft.seed", "write key=value"),
+        ("train_sft..seed=1", "write key=value"),
+        ("train_sft.seed=[", "its value is not valid YAML"),
+        ("train_sft.seed=much", "override train_sft.seed=much: train_sft.seed = 'much': "),
+        ("train_stf.seed=1", "train_stf: unknown key; did you mean 'train_sft'"),
+    ],
+)
+def test_a_wrong_override_is_explained(override: str, words: str) -> None:
+    with pytest.raises(InputError, match=re.escape(words)):
+        load_preset(None, DEFAULT, [override])
 
 
 def set_in(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def test_params_are_the_own_section_and_the_machine() -> None:
         lineage = {"base_model.source", "raw_data.sources", "evaluate"} if name == "register" else set()
         assert set(stage["params"]) <= {name, "runtime"} | lineage
         assert {key.split(".")[0] for key in stage["params"]} <= set(sections)
-    assert set(sections) == {*STAGES, "runtime"}
+    assert set(sections) == {*STAGES, "runtime", "tracking"}
 
 
 def test_data_deps_and_plots_are_made_by_a_stage_or_tracked_by_git() -> None:

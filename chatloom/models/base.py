@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from chatloom.config import BaseModelParams, HubSource, PathSource, RandomSource, WheelSource
-from chatloom.errors import InputError
+from chatloom.errors import InputError, Unavailable
 from chatloom.models.tiny import random_llama
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,8 @@ def _download(source: HubSource) -> Path:
         patterns = ["*.json", "*.safetensors", "*.gguf", "*.model", "*.jinja"]
         return Path(snapshot_download(source.repo, revision=source.revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
+        refused = isinstance(error, HfHubHTTPError) and error.response.is_client_error
+        raise (InputError if refused else Unavailable)(
             f"base_model.source.repo = {source.repo!r} (revision {source.revision!r}) cannot be fetched: {error}; "
             "check the name and HF_ENDPOINT, or use a source of kind 'path'"
         ) from error

@@ -58,6 +58,23 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def stop_with_dvc() -> None:
+    """Where DVC runs this process as a stage, be told to stop (SIGTERM) if DVC dies: nobody would record what we make.
+
+    Linux tells those that ask for it, and it is no ending: a training loop saves its state.
+    """
+    if "DVC_STAGE" not in os.environ or "RANK" in os.environ:  # ranks have their launcher
+        return
+
+    def orphaned(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        signal.raise_signal(signal.SIGTERM)
+
+    # Not SIGTERM itself: Linux signals the end of each of DVC's threads, and a loop that is told twice saves nothing.
+    signal.signal(signal.SIGUSR1, orphaned)
+    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGUSR1)
+
+
 def report_failure(text: str, *, follows: bool = False) -> bool:
     """Leave `text` to the launcher to show; False where no launcher of ours started this process.
 

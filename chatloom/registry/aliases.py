@@ -49,7 +49,14 @@ def champion_of(client: Any, name: str) -> str | None:
 
 
 def move_champion(
-    client: Any, name: str, version: str, *, expected: str | None, action: Literal["promote", "rollback"], reason: str
+    client: Any,
+    name: str,
+    version: str,
+    *,
+    expected: str | None,
+    action: Literal["promote", "rollback"],
+    reason: str,
+    by: str | None = None,
 ) -> Move:
     """Make `version` champion, where the champion still is `expected`.
 
@@ -59,6 +66,7 @@ def move_champion(
     Args:
         client: an `MlflowClient`.
         expected: version that was champion when the move was decided; None for none.
+        by: who decided it; None for the user of this process.
 
     Raises:
         InputError: where somebody else moved the champion meanwhile.
@@ -67,7 +75,7 @@ def move_champion(
         raise InputError("--reason is empty: say why the champion moves; it is kept with the model")
     require_champion(client, name, expected)
     now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"  # a name that MLflow takes as a tag's
-    move = Move(action, version, expected, reason.strip(), _who(), now)
+    move = Move(action, version, expected, reason.strip(), by or _who(), now)
     tag = f"{HISTORY}{now}"
     client.set_registered_model_tag(name, tag, json.dumps(asdict(move), ensure_ascii=False))
     try:

@@ -55,6 +55,7 @@ def register(
     sample_question: str,
     description: str = "",
     files: Sequence[Path] = (),
+    promote: bool = True,
 ) -> Registered:
     """A new version of `name`: @challenger, and @champion too if every blocking gate holds, else rejected.
 
@@ -67,6 +68,7 @@ def register(
         champion: version that the gates compared with, None for none: if another is champion by now, none is moved.
         description: of the version, as Markdown.
         files: more that travels with the version.
+        promote: False where a person makes it champion later, or does not.
 
     Raises:
         InputError: where there is no checkpoint, or somebody else moved the champion meanwhile.
@@ -75,7 +77,7 @@ def register(
     if not (model_dir / "config.json").is_file():
         raise InputError(f"{model_dir}: no checkpoint to register; run the stage quantize first")
     client = mlflow.MlflowClient()
-    promoted = gates.holds(verdicts)
+    accepted = gates.holds(verdicts)
     model = _log_model(model_dir, sample_question)
     numbers = {name: float(value) for name, value in gates.flatten(metrics).items() if gates.is_number(value)}
     mlflow.log_metrics(numbers, model_id=model.model_id)
@@ -87,20 +89,20 @@ def register(
     tags = {
         **lineage_tags(facts),
         "gates": json.dumps([asdict(verdict) for verdict in verdicts], ensure_ascii=False),
-        "gates.hold": str(promoted).lower(),
+        "gates.hold": str(accepted).lower(),
         COMPARED_WITH: champion or NONE,
-        STATUS: ACCEPTED if promoted else REJECTED,
-        **({} if promoted else {"rejected.reason": gates.reason(verdicts)}),
+        STATUS: ACCEPTED if accepted else REJECTED,
+        **({} if accepted else {"rejected.reason": gates.reason(verdicts)}),
     }
     version = str(mlflow.register_model(model.model_uri, name, tags=tags).version)
     client.update_model_version(name, version, _shortened(description))
     client.set_registered_model_alias(name, CHALLENGER, version)
     log.info("%s version %s is @%s, %s", name, version, CHALLENGER, tags[STATUS])
-    if promoted:
+    if accepted and promote:
         move_champion(
             client, name, version, expected=champion, action="promote", reason="registered; every blocking gate holds"
         )
-    return Registered(int(version), promoted, verdicts)
+    return Registered(int(version), accepted and promote, verdicts)
 
 
 def _shortened(description: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chatloom.errors import InputError
+from chatloom.errors import InputError, Unavailable
 
 ARTIFACT = "model"
 """Name of the checkpoint folder among the artifacts of a registered model."""
@@ -83,7 +83,7 @@ def use_tracking_store(purpose: str) -> None:
 
 @contextmanager
 def registry_errors(purpose: str) -> Iterator[None]:
-    """A registry that is down, or refuses, is an input error within seconds."""
+    """A registry that refuses is an input error, one that is down is `Unavailable`, within seconds."""
     from mlflow import get_tracking_uri
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -93,16 +93,29 @@ def registry_errors(purpose: str) -> Iterator[None]:
             yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
+        raise (Unavailable if may_pass(error) else InputError)(
             f"{purpose}: the registry at {get_tracking_uri()} did not do it: {first}; if it is down, "
             "start it (make ui), or set MLFLOW_TRACKING_URI to one that runs"
         ) from error
 
 
+def may_pass(error: BaseException) -> bool:
+    """Whether a store that answered with `error` may do it later: it is down or busy, and does not refuse."""
+    from mlflow.exceptions import MlflowException
+    from requests import HTTPError, RequestException
+    from sqlalchemy.exc import OperationalError
+
+    if isinstance(error, MlflowException):
+        return bool(error.get_http_status_code() >= 500)
+    if isinstance(error, HTTPError):  # from where artifacts go
+        return error.response is None or error.response.status_code >= 500
+    return isinstance(error, RequestException | OperationalError | ConnectionError | TimeoutError)
+
+
 @contextmanager
-def few_retries() -> Iterator[None]:
+def few_retries(retries: int = 2, seconds: int = 20) -> Iterator[None]:
     """MLflow says within seconds that its server is down; left to itself it tries for minutes."""
-    short = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+    short = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries), "MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds)}
     added = {key: value for key, value in short.items() if key not in os.environ}
     os.environ.update(added)
     try:

@@ -82,12 +82,13 @@ def read_version(uri: str) -> Version:
     )
 
 
-def promote(uri: str, reason: str, expect: str | None = None, *, compared: bool = True) -> Move:
+def promote(uri: str, reason: str, expect: str | None = None, *, compared: bool = True, by: str | None = None) -> Move:
     """Make the version that `uri` means champion.
 
     Args:
         expect: version that has to be champion now, `none` for none; None takes whichever is.
         compared: whether its gates must have compared it with the present champion, on the same rows.
+        by: who decided it; None for the user of this process.
 
     Raises:
         InputError: where it broke a gate, was compared with another champion, is champion already, or the champion is
@@ -116,7 +117,7 @@ def promote(uri: str, reason: str, expect: str | None = None, *, compared: bool 
                 f"{uri}: version {number} was compared with {met}, the champion is version {before}: register it again "
                 "to measure both on the same rows, or say --without-comparison"
             )
-        return move_champion(client, name, number, expected=before, action="promote", reason=reason)
+        return move_champion(client, name, number, expected=before, action="promote", reason=reason, by=by)
 
 
 def rollback(name: str, reason: str, expect: str | None = None) -> Move:

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast, get_args
 
+import psutil
 import pytest
 import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, LogFilter, LogFilterFlowRunId
 from prefect.client.schemas.objects import FlowRun, TaskRun
-from prefect.client.schemas.sorting import TaskRunSort
+from prefect.client.schemas.sorting import FlowRunSort, TaskRunSort
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL
+from toy_pipeline import wait_for
 
-from flows import pipeline
-from flows.pipeline import reproduce
+from flows import walk
+from flows.parameters import ParameterSet, Stage
+from flows.pipeline import evaluate_only, reproduce, walk_dag
+from flows.sweep import sweep
 from tasks.dvc import dependencies
+from tasks.slots import ensure_slots, slot_of
+from tasks.workspace import Reproduction
+from tests.loopback import poll
 
 REPO = Path(__file__).resolve().parents[2]
 STAGES = list(yaml.safe_load((REPO / "dvc.yaml").read_text())["stages"])
@@ -29,42 +40,44 @@ def real_server(test: Callable[..., None]) -> Callable[..., None]:
     return cast(Callable[..., None], pytest.mark.smoke(pytest.mark.usefixtures("prefect_server")(test)))
 
 
-def test_the_body_of_the_flow_is_dvcs_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_body_of_the_flow_is_dvcs_graph() -> None:
     """Every stage once, after all that it needs, with exactly those as its arguments."""
     seen: dict[str, set[str]] = {}
 
-    class Recorder:
-        outcomes: ClassVar[dict[str, str]] = {}
+    def record(name: str, *after: Any) -> Any:
+        assert name not in seen
+        assert set(after) <= set(seen)
+        seen[name] = set(after)
+        return name
 
-        def __init__(self, _: Any) -> None:
-            pass
-
-        def __call__(self, name: str, *after: str) -> str:
-            assert name not in seen
-            assert set(after) <= set(seen)
-            seen[name] = set(after)
-            return name
-
-    monkeypatch.setattr(pipeline, "_Walk", Recorder)
-    monkeypatch.chdir(REPO)
-    reproduce.fn("default")
+    walk_dag(record)
     assert seen == {name: set(needed) for name, needed in dependencies(REPO).items()}
 
 
-def run(preset: str = "default", *, stages: int = len(STAGES)) -> tuple[Any, FlowRun, list[TaskRun]]:
+def test_the_form_offers_every_stage() -> None:
+    assert list(get_args(Stage)) == STAGES
+
+
+def run(
+    preset: str = "default", *, stages: int = len(STAGES), called: Any = reproduce, **parameters: Any
+) -> tuple[Any, FlowRun, list[TaskRun]]:
     """Run the flow here; its last state, its run, and the runs of its `stages` stages by their start."""
-    state = reproduce(preset, return_state=True)
+    state = called(preset, **parameters, return_state=True)
     with get_client(sync_client=True) as client:
         flow_run = client.read_flow_run(state.state_details.flow_run_id)
         only = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run.id]))
-        deadline = time.monotonic() + 60
-        while True:  # the server writes down states of tasks some time after it was told
+
+        def of_stages() -> list[TaskRun]:
             found = client.read_task_runs(flow_run_filter=only, sort=TaskRunSort.EXPECTED_START_TIME_ASC)
-            of_stages = [task_run for task_run in found if task_run.name != "dvc status"]
-            if len(of_stages) == stages and all(one.state and one.state.is_final() for one in of_stages):
-                return state, flow_run, of_stages
-            assert time.monotonic() < deadline, states(of_stages)
-            time.sleep(0.1)
+            return [task_run for task_run in found if task_run.name != "dvc status"]
+
+        def written_down() -> bool:
+            """The server has states of tasks some time after it was told."""
+            known = of_stages()
+            return len(known) == stages and all(one.state and one.state.is_final() for one in known)
+
+        poll(written_down, seconds=60, pause=0.1)
+        return state, flow_run, of_stages()
 
 
 def states(task_runs: list[TaskRun]) -> dict[str, str]:
@@ -74,14 +87,13 @@ def states(task_runs: list[TaskRun]) -> dict[str, str]:
 def logged(flow_run: FlowRun) -> set[str]:
     """What the server has of the run's log once it has its end, which comes in batches."""
     only = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run.id]))
-    deadline = time.monotonic() + 60
     with get_client(sync_client=True) as client:
-        while True:
-            lines = {line.message for line in client.read_logs(only, limit=200)}
-            if "this is register" in lines:
-                return lines
-            assert time.monotonic() < deadline, lines
-            time.sleep(0.1)
+
+        def lines() -> set[str]:
+            return {line.message for line in client.read_logs(only, limit=200)}
+
+        poll(lambda: "this is register" in lines(), seconds=60, pause=0.1)
+        return lines()
 
 
 def upstream(task_run: TaskRun, names: dict[Any, str]) -> set[str]:
@@ -120,6 +132,136 @@ def test_the_flow_is_dvcs_graph_and_tells_what_was_done(checkout: Path) -> None:
     ran = {name for name, name_of_state in states(after).items() if name_of_state == "Ran"}
     assert ran == {"quantize", "evaluate", "register"}
     assert set(states(after).values()) == {"Ran", "Unchanged"}
+
+    with get_client(sync_client=True) as client:
+        found = client.read_latest_artifacts()
+    tables = {one.key: json.loads(cast(str, one.data)) for one in found if one.type == "table"}
+    assert [(row["stage"], row["outcome"]) for row in tables["stages-default"]] == [
+        (name, "ran" if name in ran else "unchanged") for name in STAGES
+    ]
+    metrics = {row["metric"]: row for row in tables["metrics-default"]}
+    assert metrics["base_model/checksum"]["change"] == "+0"
+    assert metrics["quantize/checksum"]["change"] not in ("", "+0")
+
+
+@real_server
+def test_a_part_of_the_dag_runs_alone_and_never_on_stale_inputs(reproduced: Path) -> None:
+    (reproduced / "stages" / "register.py").write_text("changed\n")
+    state, _, task_runs = run(from_stage="evaluate", stages=2)
+    assert state.is_completed(), state.message
+    assert states(task_runs) == {"evaluate": "Unchanged", "register": "Ran"}
+    _, _, task_runs = run(called=evaluate_only, force=True, stages=1)
+    assert states(task_runs) == {"evaluate": "Ran"}
+    (reproduced / "stages" / "quantize.py").write_text("changed\n")
+    for parameters in ({"from_stage": "evaluate"}, {"called": evaluate_only}):
+        state, _, _ = run(**parameters, stages=0)  # type: ignore[arg-type]
+        assert state.is_failed()
+        assert "quantize changed and would not run: reproduce the whole DAG first" in state.message
+
+
+@real_server
+def test_what_may_pass_is_tried_again_and_nothing_else(reproduced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The registry is down at the first try; the second one finds what the first one left."""
+    monkeypatch.setattr(walk, "run_stage", walk.run_stage.with_options(retry_delay_seconds=0))
+    pipeline = yaml.safe_load((reproduced / "dvc.yaml").read_text())
+    down = "if ! test -e tries; then echo x > tries; exit 75; fi"
+    pipeline["stages"]["register"]["cmd"] = f"{down}; {pipeline['stages']['register']['cmd']}"
+    (reproduced / "dvc.yaml").write_text(yaml.safe_dump(pipeline, sort_keys=False))
+    state, _, task_runs = run()
+    assert state.is_completed(), state.message
+    assert {one.name: one.run_count for one in task_runs} == {name: 1 + (name == "register") for name in STAGES}
+
+
+@real_server
+def test_a_slot_is_taken_strictly(reproduced: Path) -> None:
+    reproduction = Reproduction.start("default", reproduced)
+    with get_client(sync_client=True) as client:
+        for name in ("gpu", "cpu-train"):
+            with suppress(ObjectNotFound):
+                client.delete_global_concurrency_limit_by_name(name)
+        with pytest.raises(ConcurrencySlotAcquisitionError), slot_of("train_sft", reproduction, print):
+            pytest.fail("no limit, no slot")
+        ensure_slots()
+        ensure_slots()
+        with slot_of("train_sft", reproduction, print), slot_of("raw_data", reproduction, print):
+            assert client.read_global_concurrency_limit_by_name("cpu-train").active_slots == 1
+        assert client.read_global_concurrency_limit_by_name("cpu-train").active_slots == 0
+
+
+@real_server
+def test_a_flow_that_was_killed_is_noticed_and_cleaned_up_after(reproduced: Path) -> None:
+    """SIGKILL of the flow's process, as of a worker with all below it; its stage is in a session of its own."""
+    pipeline = yaml.safe_load((reproduced / "dvc.yaml").read_text())
+    command = pipeline["stages"]["register"]["cmd"]
+    trains = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: (open('state', 'w').close(), sys.exit(1)))"
+    pipeline["stages"]["register"]["cmd"] = (
+        f"test -e state || {sys.executable} -c \"{trains}; open('ready', 'w').close(); signal.pause()\" && {command}"
+    )
+    (reproduced / "dvc.yaml").write_text(yaml.safe_dump(pipeline, sort_keys=False))
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "PREFECT_API_URL": cast(str, PREFECT_API_URL.value())}
+    killed = subprocess.Popen([sys.executable, "-m", "flows.pipeline"], cwd=reproduced, env=environment)
+    wait_for(reproduced / "ready", killed)
+    (dvc,) = (one for one in psutil.Process(killed.pid).children() if "dvc" in one.cmdline())
+    killed.kill()
+    killed.wait()
+    assert dvc.is_running(), "the stage is an orphan"
+
+    state, _, task_runs = run()
+    assert state.is_completed(), state.message
+    assert not dvc.is_running()
+    assert (reproduced / "state").exists(), "the stage was asked, and saved its state"
+    assert states(task_runs)["register"] == "Ran"
+    assert json.loads((reproduced / ".dvc/tmp/rwlock").read_text()) == {}
+    with get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(limit=2, sort=FlowRunSort.START_TIME_DESC)
+    assert [one.state_name for one in runs] == ["Completed", "Crashed"]
+
+
+@real_server
+def test_a_sweep_makes_experiments_and_compares_them(reproduced: Path) -> None:
+    pipeline = yaml.safe_load((reproduced / "dvc.yaml").read_text())
+    read_rows = "import json, yaml; rows = yaml.safe_load(open('params.yaml'))['raw_data']['shard_rows']; json.dump"
+    count = f"{sys.executable} -c \"{read_rows}({{'rows': rows}}, open('metrics/raw_data.json', 'w'))\""
+    pipeline["stages"]["raw_data"]["cmd"] += f" && {count} && ! grep 3 metrics/raw_data.json"
+    (reproduced / "dvc.yaml").write_text(yaml.safe_dump(pipeline, sort_keys=False))
+    (reproduced / "data" / "own" / "rows.jsonl").write_text("not tracked\n")
+    before = subprocess.run(
+        ["git", "status", "--short"], cwd=reproduced, capture_output=True, text=True, check=True
+    ).stdout
+    sets = [
+        ParameterSet(name="one", overrides=["raw_data.shard_rows=1"]),
+        ParameterSet(name="fails", overrides=["raw_data.shard_rows=3"]),
+    ]
+    state = sweep([*sets, ParameterSet(name="wrong", overrides=["raw_data.shard_row=1"])], return_state=True)
+    assert "raw_data.shard_row: unknown key; did you mean 'shard_rows'" in state.message
+    assert not (reproduced / "workspaces").exists()
+    state = sweep(sets, return_state=True)
+    assert state.is_failed()
+    assert state.message == "fails of 2 experiments did not end well"
+    with get_client(sync_client=True) as client:
+        (table,) = (one for one in client.read_latest_artifacts() if one.key == "sweep")
+    rows = {row[""]: row for row in json.loads(cast(str, table.data))}
+    assert rows["outcome"] == {"": "outcome", "one": "Completed", "fails": "Failed"}
+    assert rows["raw_data/rows"] == {"": "raw_data/rows", "one": "1", "fails": "3"}
+    assert not any(name.startswith("register/") for name in rows)
+
+    show = subprocess.run(
+        [sys.executable, "-m", "dvc", "exp", "show", "--json"],
+        cwd=reproduced,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert '"one"' in show.stdout
+    assert '"fails"' not in show.stdout
+    after = subprocess.run(
+        ["git", "status", "--short"], cwd=reproduced, capture_output=True, text=True, check=True
+    ).stdout
+    assert after == before, "the checkout is as it was"
+    command = [sys.executable, "-m", "dvc", "exp", "apply", "one"]
+    subprocess.run(command, cwd=reproduced, check=True, capture_output=True)
+    assert yaml.safe_load((reproduced / "params.yaml").read_text())["raw_data"]["shard_rows"] == 1
+    assert json.loads((reproduced / "metrics" / "raw_data.json").read_text()) == {"rows": 1}
 
 
 @real_server

@@ -18,7 +18,7 @@ COST = Cost(currency="USD", cpu_hour=0, gpu_hour=0, cpu_watts=0, gpu_watts=0)
 
 def params(gates: list[Gate], allowed: list[str], *, blocks: bool = True) -> RegisterParams:
     licenses = LicenseGate(allowed=allowed, blocks=blocks)
-    return RegisterParams(model_name="x", cost=COST, gates=gates, licenses=licenses)
+    return RegisterParams(model_name="x", cost=COST, promotion="gates", gates=gates, licenses=licenses)
 
 
 def evaluate_gates(gates: list[Gate], metrics: Any, *, has_champion: bool = True) -> tuple[Verdict, ...]:

@@ -76,7 +76,7 @@ def run_register(checkpoint: Path, max_kl: float, *, name: str = NAME) -> Regist
             name,
             metrics=METRICS,
             verdicts=evaluate_gates(
-                RegisterParams(model_name=name, cost=COST, gates=gates, licenses=LICENSES),
+                RegisterParams(model_name=name, cost=COST, promotion="gates", gates=gates, licenses=LICENSES),
                 METRICS,
                 [SOURCE],
                 has_champion=champion is not None,

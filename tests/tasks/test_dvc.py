@@ -8,14 +8,23 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
+from toy_pipeline import wait_for
 
-from tasks.dvc import StageFailed, changed_stages, dependencies, downstream, end_tree, reproduce_stage
+from tasks.dvc import (
+    StageFailed,
+    StageUnavailable,
+    changed_stages,
+    dependencies,
+    downstream,
+    reproduce_stage,
+    upstream,
+)
+from tasks.processes import end_tree
 from tasks.workspace import Reproduction
 
 log = logging.getLogger("test")
@@ -27,7 +36,7 @@ def reproduction(checkout: Path) -> Reproduction:
 
 
 def walk(reproduction: Reproduction) -> dict[str, str]:
-    return {name: reproduce_stage(name, reproduction, log) for name in ("one", "two", "three")}
+    return {name: reproduce_stage(name, reproduction, log.info) for name in ("one", "two", "three")}
 
 
 def set_command(checkout: Path, stage: str, command: str) -> None:
@@ -46,6 +55,7 @@ def test_downstream_reaches_through_the_graph() -> None:
     needs = {"a": [], "b": ["a"], "c": ["b"], "d": ["a", "c"], "e": []}
     assert downstream({"b"}, needs) == {"b", "c", "d"}
     assert downstream(set(), needs) == set()
+    assert upstream({"c"}, needs) == {"a", "b", "c"}
 
 
 def test_outcomes_follow_the_work(checkout: Path, reproduction: Reproduction) -> None:
@@ -86,19 +96,19 @@ def test_lines_come_live_and_stderr_with_them(
     logger = logging.getLogger("live")
     logger.addHandler(Touch())
     with caplog.at_level(logging.INFO):
-        assert reproduce_stage("one", reproduction, logger) == "ran"
+        assert reproduce_stage("one", reproduction, logger.info) == "ran"
     assert "to stderr" in caplog.messages
 
 
 def test_a_stage_that_imitates_dvc_does_not_mislead(checkout: Path, reproduction: Reproduction) -> None:
     set_command(checkout, "one", "echo \"Stage 'one' didn't change, skipping\" && mkdir -p out && touch out/one.txt")
-    assert reproduce_stage("one", reproduction, log) == "ran"
+    assert reproduce_stage("one", reproduction, log.info) == "ran"
 
 
 def test_a_long_line_is_cut(checkout: Path, reproduction: Reproduction, caplog: pytest.LogCaptureFixture) -> None:
     set_command(checkout, "one", "head -c 100000 /dev/zero | tr '\\0' x && echo && mkdir -p out && touch out/one.txt")
     with caplog.at_level(logging.INFO):
-        reproduce_stage("one", reproduction, log)
+        reproduce_stage("one", reproduction, log.info)
     assert max(map(len, caplog.messages)) < 5000
     assert sum("(100000 characters)" in line for line in caplog.messages) == 1
 
@@ -106,11 +116,42 @@ def test_a_long_line_is_cut(checkout: Path, reproduction: Reproduction, caplog: 
 def test_a_failure_ends_with_the_last_lines(checkout: Path, reproduction: Reproduction) -> None:
     set_command(checkout, "one", "seq 100 && echo train_sft: lr = 0 is too small >&2 && exit 3")
     with pytest.raises(StageFailed, match=r"stage one in .* ended with status 255") as failed:
-        reproduce_stage("one", reproduction, log)
+        reproduce_stage("one", reproduction, log.info)
     message = str(failed.value)
     assert "train_sft: lr = 0 is too small" in message
     assert "exited with 3" in message
     assert "\n80\n" not in message
+
+
+def test_a_status_that_says_try_again_is_told_from_others(checkout: Path, reproduction: Reproduction) -> None:
+    set_command(checkout, "one", "exit 75")
+    with pytest.raises(StageUnavailable, match="exited with 75"):
+        reproduce_stage("one", reproduction, log.info)
+    set_command(checkout, "one", "echo exited with 75 && exit 1")
+    with pytest.raises(StageFailed) as failed:
+        reproduce_stage("one", reproduction, log.info)
+    assert type(failed.value) is StageFailed
+
+
+def test_a_stage_that_somebody_else_runs_is_worth_another_try(checkout: Path, reproduction: Reproduction) -> None:
+    set_command(checkout, "one", f"touch {checkout}/ready && sleep 300; true")
+    other = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro", "one"], cwd=checkout, env=reproduction.environment()
+    )
+    try:
+        wait_for(checkout / "ready", other)
+        with pytest.raises(StageUnavailable):
+            reproduce_stage("one", reproduction, log.info)
+        with pytest.raises(StageUnavailable):
+            changed_stages(reproduction)
+    finally:
+        end_tree(other.pid, seconds=5)
+        other.wait()
+
+
+def test_a_stage_is_run_by_force(reproduction: Reproduction) -> None:
+    walk(reproduction)
+    assert reproduce_stage("one", reproduction, log.info, force=True) == "ran"
 
 
 def test_a_broken_pipeline_says_so(checkout: Path, reproduction: Reproduction) -> None:
@@ -146,7 +187,7 @@ from pathlib import Path
 from tasks.dvc import reproduce_stage
 from tasks.workspace import Reproduction
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-reproduce_stage("one", Reproduction.start("default", Path.cwd()), logging.getLogger())
+reproduce_stage("one", Reproduction.start("default", Path.cwd()), logging.getLogger().info)
 """
 
 
@@ -177,14 +218,6 @@ def test_a_stage_is_told_once_to_stop_and_outlives_nobody(way: str, checkout: Pa
     if way != "twice":
         assert (checkout / "rank asked").read_text() == "x"
         assert json.loads((checkout / ".dvc/tmp/rwlock").read_text()) == {}, "DVC freed its locks"
-
-
-def wait_for(file: Path, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
-    while not file.exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_whole_tree_ends() -> None:

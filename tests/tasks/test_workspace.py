@@ -78,6 +78,28 @@ def test_a_change_of_the_preset_reaches_its_workspace(checkout: Path) -> None:
     assert load_params(make_workspace("tiny", checkout) / "params.yaml").train_sft.seed == 8
 
 
+def test_overrides_run_in_a_workspace_of_their_own(checkout: Path) -> None:
+    one = make_workspace("tiny", checkout, ["train_gold.seed=9", "train_sft.lora.layers=null"])
+    assert one == make_workspace("tiny", checkout, ["train_sft.lora.layers=null", "train_gold.seed=9"])
+    other = make_workspace("default", checkout, ["train_gold.seed=10"])
+    assert len({one, other, checkout, checkout / "workspaces" / "tiny"}) == 4
+    params = load_params(one / "params.yaml")
+    assert (params.train_gold.seed, params.train_sft.seed, params.train_sft.lora.layers) == (9, 7, None)
+    # They share an alias in params.yaml.
+    assert params.train_ppo.lora.layers == load_params(checkout / "params.yaml").train_ppo.lora.layers
+    assert load_params(other / "params.yaml").train_gold.seed == 10
+    assert Reproduction.start("tiny", checkout, ["train_gold.seed=9"]).name.startswith("tiny-")
+
+
+def test_a_wrong_override_is_named_before_anything_is_made(checkout: Path) -> None:
+    with pytest.raises(InputError, match=r"override train_sft.sed=9: train_sft.sed: unknown key; did you mean 'seed'"):
+        make_workspace("tiny", checkout, ["train_sft.sed=9"])
+    done = reproduce(checkout, "--preset", "tiny", "--set", "train_sft.seed")
+    assert done.returncode == 1
+    assert done.stderr == "override 'train_sft.seed': write key=value, as train_sft.optimizer.lr=1.0e-4\n"
+    assert not (checkout / "workspaces").exists()
+
+
 @pytest.mark.parametrize("folder", ["own", "rankings"])
 def test_what_people_put_there_is_there_without_a_copy(checkout: Path, folder: str) -> None:
     own = checkout / "data" / folder

@@ -10,12 +10,17 @@ from typing import Any
 
 import yaml
 
+from tests.loopback import poll
+
 ROOT = Path(__file__).resolve().parents[2]
 GIT = ("git", "-c", "user.name=test", "-c", "user.email=test@example.org")
 
 
 def real_graph() -> dict[str, Any]:
-    """The project's own stages, each with a command that writes the checksum of its deps to every out."""
+    """The project's own stages, each with a command that writes the checksum of its deps to every out.
+
+    Params are not in it: what a stage reads of them is up to a test.
+    """
     pipeline: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
     for name, stage in pipeline["stages"].items():
         outs = [*stage.get("outs", []), *stage["metrics"]]
@@ -55,6 +60,19 @@ def make_checkout(root: Path, pipeline: dict[str, Any]) -> Path:
     return root
 
 
+def wait_for(file: Path, process: subprocess.Popen[bytes]) -> None:
+    """Return when a process, which has to live, has made `file`."""
+
+    def made() -> bool:
+        assert process.poll() is None, "the process ended"
+        return file.exists()
+
+    poll(made, seconds=120)
+
+
 def _write(out: str, deps: list[str]) -> str:
     file = out if "." in Path(out).name else f"{out}/file.txt"
-    return f"mkdir -p {Path(file).parent} && find -L {shlex.join(deps)} -type f | sort | xargs cat | cksum > {file}"
+    summed = f"find -L {shlex.join(deps)} -type f | sort | xargs cat | cksum"
+    if file.endswith(".json"):
+        summed += """ | awk '{print "{\\"checksum\\": " $1 "}"}'"""
+    return f"mkdir -p {Path(file).parent} && {summed} > {file}"
