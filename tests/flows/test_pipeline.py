@@ -262,7 +262,9 @@ def test_a_sweep_makes_experiments_and_compares_them(reproduced: Path) -> None:
     ).stdout
     assert after == before, "the checkout is as it was"
     command = [sys.executable, "-m", "dvc", "exp", "apply", "one"]
-    subprocess.run(command, cwd=reproduced, check=True, capture_output=True)
+    applied = subprocess.run(command, cwd=reproduced, check=False, capture_output=True, text=True)
+    assert "metrics/register.json" in applied.stderr, "DVC misses what no experiment makes"
+    assert "metrics/evaluate.json" not in applied.stderr
     assert yaml.safe_load((reproduced / "params.yaml").read_text())["raw_data"]["shard_rows"] == 1
     assert json.loads((reproduced / "metrics" / "raw_data.json").read_text()) == {"rows": 1}
 
