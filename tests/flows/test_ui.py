@@ -248,6 +248,8 @@ def approve(browser: Any, run: str) -> None:
     reason.fill("reads better")
     name.fill("Ann")
     form.get_by_role("button", name="Submit").click()
+    form.wait_for(state="hidden")
+    page.close()
 
 
 @pytest.mark.smoke
