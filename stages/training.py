@@ -15,7 +15,6 @@ def start(name: str, main: Callable[[], None]) -> None:
     """Run the stage `name` in as many processes as its section `parallel` asks for."""
     if is_worker():
         run_worker(main)
-        return
     try:
         parallel = getattr(load_params(), name).parallel
     except InputError:

@@ -7,10 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
+import mlflow
+import pytest
 
 from tests.loopback import free_port, poll
 
@@ -54,3 +57,22 @@ class MlflowServer:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.process = None
+
+
+@contextmanager
+def own_experiment(uri: str, artifacts: Path | None = None) -> Iterator[None]:
+    """Have MLflow work on the store `uri`, in a new experiment, for the block; then as before.
+
+    MLflow remembers the number of the last experiment whatever the store, and gives it to processes that are started.
+    """
+    before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlflow.tracking.fluent._active_experiment_id", None)
+        patch.setenv("MLFLOW_EXPERIMENT_ID", "")
+        mlflow.set_tracking_uri(uri)
+        number = mlflow.create_experiment("tests", artifact_location=artifacts.as_uri() if artifacts else None)
+        mlflow.set_experiment(experiment_id=number)
+        try:
+            yield
+        finally:
+            mlflow.set_tracking_uri(before)

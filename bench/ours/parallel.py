@@ -157,7 +157,6 @@ def params_of(job: Job) -> TrainSftParams:
 def main() -> None:
     if is_worker():
         run_worker(lambda: train(Job(**json.loads(os.environ[JOB]))))
-        return
     text = Path(sys.argv[1]).read_text(encoding="utf-8")
     job = Job(**json.loads(text))
     if job.processes == 1:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -263,8 +263,8 @@ def first_failure(folder: Path, killed: Mapping[int, int]) -> str:
     return f"rank {words[0]['rank']}: {words[0]['text']}" if words else "a process ended without a word"
 
 
-def run_worker(main: Callable[[], None]) -> None:
-    """Run `main` as one of several processes: with their launcher, or not at all."""
+def run_worker(main: Callable[[], None]) -> NoReturn:
+    """Run `main` as one of several processes, with their launcher or not at all, and end this one."""
     if FAILURES in os.environ:
         # Die with the launcher, however it dies.
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
@@ -276,6 +276,12 @@ def run_worker(main: Callable[[], None]) -> None:
         if not report_failure(traceback.format_exc(), follows=follows):
             raise
         raise SystemExit(1) from None
+    # Its work is done. Threads of the libraries' C++ parts that are still about when the interpreter ends abort it now
+    # and then, and a rank that aborts takes the others down.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _adopt_slurm(environment: MutableMapping[str, str]) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import mlflow
 import pytest
+
+from tests.mlflow_server import own_experiment
 
 
 @pytest.fixture(scope="module")
@@ -13,9 +14,5 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a fresh sqlite store, set as MLflow's, with an experiment whose artifacts lie beside it."""
     folder = tmp_path_factory.mktemp("store")
     uri = f"sqlite:///{folder}/mlflow.db"
-    before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
-    mlflow.set_tracking_uri(uri)
-    experiment = mlflow.create_experiment("tests", artifact_location=(folder / "mlartifacts").as_uri())
-    mlflow.set_experiment(experiment_id=experiment)
-    yield uri
-    mlflow.set_tracking_uri(before)
+    with own_experiment(uri, folder / "mlartifacts"):
+        yield uri

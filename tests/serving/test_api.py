@@ -165,7 +165,7 @@ BASE: dict[str, Any] = {"model": "tiny", "messages": HELLO}
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"presence_penalty": 2.5}, "presence_penalty", "less than or equal to 2"),
         ({"frequency_penalty": "much"}, "frequency_penalty", "valid number"),
-        ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "greater than or equal to 0.01"),
         ({"top_k": -1}, "top_k", "greater than or equal to 1"),
         ({"temprature": 0.5}, "temprature", "unknown parameter"),
         ({"stream_options": {"include_usage": True}}, None, "only for stream"),

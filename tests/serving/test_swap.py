@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,7 +28,8 @@ from chatloom.serving.metrics import Metrics
 from chatloom.serving.options import Options
 from chatloom.serving.served import Served, Slot
 from chatloom.serving.swap import Watcher
-from tests.loopback import free_port, poll, running
+from tests.loopback import poll, running
+from tests.mlflow_server import MlflowServer, own_experiment
 
 NAME = "tiny-chat"
 BODY: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": "count"}], "temperature": 0}
@@ -203,34 +200,16 @@ def test_weights_that_are_no_numbers(chat: ChatModel, parrot: Engine) -> None:
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+def registry(tmp_path: Path) -> Iterator[MlflowServer]:
     """A MLflow server of its own, which is MLflow's store here."""
-    port = free_port()
-    options = {"backend-store-uri": f"sqlite:///{tmp_path}/mlflow.db", "artifacts-destination": str(tmp_path / "files")}
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [word for name, value in options.items() for word in (f"--{name}", value)]
-    before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-
-    def up() -> bool:
-        assert process.poll() is None, "MLflow ended"
-        try:
-            return httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).is_success
-        except httpx.TransportError:
-            return False
-
+    store = ["--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db", "--artifacts-destination", f"{tmp_path}/files"]
+    server = MlflowServer(tmp_path, *store)
+    server.up()
     try:
-        poll(up, seconds=240)
-        mlflow.set_tracking_uri(f"http://127.0.0.1:{port}")
-        mlflow.set_experiment("swap")  # MLflow remembers the number of the last one, whatever its store
-        yield process
+        with own_experiment(server.uri):
+            yield server
     finally:
-        mlflow.set_tracking_uri(before)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=30)
+        server.down()
 
 
 def put(path: Path, registered_hash: str) -> str:
@@ -243,7 +222,7 @@ def put(path: Path, registered_hash: str) -> str:
 
 
 @pytest.mark.smoke
-def test_a_swap_and_a_rollback_under_load(registry: subprocess.Popen[bytes], parrot_path: Path, tmp_path: Path) -> None:
+def test_a_swap_and_a_rollback_under_load(registry: MlflowServer, parrot_path: Path, tmp_path: Path) -> None:
     """No request fails while versions change, one is damaged, and the registry dies."""
     good = str(dvc_md5(parrot_path))
     first, second = put(parrot_path, good), put(parrot_path, good)
@@ -288,7 +267,7 @@ def test_a_swap_and_a_rollback_under_load(registry: subprocess.Popen[bytes], par
                 poll(lambda now=now: httpx.get(f"{address}/ready", timeout=30).json()["version"] == now, seconds=120)  # type: ignore[misc]
                 so_far = answers[now]
                 poll(lambda now=now, so_far=so_far: answers[now] > so_far + 5, seconds=60)  # type: ignore[misc]
-            os.killpg(registry.pid, signal.SIGKILL)
+            registry.down()
             poll(lambda: metric(address, "chatloom_registry_up ") == 0, seconds=240)
             so_far = answers[second]
             poll(lambda: answers[second] > so_far + 5, seconds=60)
