@@ -12,7 +12,12 @@ from typing import Annotated, Any
 
 import typer
 from prefect import State, flow
-from prefect.settings import PREFECT_SERVER_ANALYTICS_ENABLED, PREFECT_SERVER_LOGGING_LEVEL, temporary_settings
+from prefect.settings import (
+    PREFECT_SERVER_ANALYTICS_ENABLED,
+    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
+    PREFECT_SERVER_LOGGING_LEVEL,
+    temporary_settings,
+)
 from rich.console import Console
 from rich.table import Table
 
@@ -101,8 +106,14 @@ def main(
     except InputError as error:
         console.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None
-    # Of a server of our own: its end cuts off its own services, which log that as errors.
-    with temporary_settings({PREFECT_SERVER_LOGGING_LEVEL: "CRITICAL", PREFECT_SERVER_ANALYTICS_ENABLED: False}):
+    # Of a server of our own: its end cuts off its own services, which log that as errors; at its first start it makes
+    # its database, which takes longer than the 20 s that Prefect waits.
+    settings = {
+        PREFECT_SERVER_LOGGING_LEVEL: "CRITICAL",
+        PREFECT_SERVER_ANALYTICS_ENABLED: False,
+        PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 180,
+    }
+    with temporary_settings(settings):
         state = reproduce(preset, override or [], return_state=True)
     if not state.is_completed():
         console.print(f"{state.name}: {state.message}", style="red", markup=False)
