@@ -24,7 +24,7 @@ import psutil
 import typer
 
 from bench.machine import describe_machine
-from bench.pages import BENCHMARKS, fill
+from bench.pages import BENCHMARKS, fill, table
 from bench.presets import ROOT
 from chatloom.files import write_json
 
@@ -60,13 +60,13 @@ def main(
             resized = Path(folder, f"rows-{size}.jsonl")
             resize(rows, resized, size)
             found = run("bench.ours.data", resized, checkpoint, Path(folder))
-            results["sizes"].append({"rows": size, **found})
+            results["sizes"].append(found)
             typer.echo(f"{size} rows: {describe(found)}, {size / found['seconds']:.0f} rows/s")
             resized.unlink()
     write_json(out, results)
-    table = markdown(results)
-    typer.echo(table)
-    fill(BENCHMARKS, {"data": table})
+    section = markdown(results)
+    typer.echo(section)
+    fill(BENCHMARKS, {"data": section})
 
 
 def run(module: str, rows: Path, checkpoint: Path, folder: Path) -> dict[str, Any]:
@@ -131,27 +131,25 @@ def markdown(results: dict[str, Any]) -> str:
     rounds = results["rounds"]
     ratios = [pair["ours"]["seconds"] / pair["plain"]["seconds"] for pair in rounds]
 
-    def line(name: str, runs: Sequence[dict[str, Any]], met: str) -> str:
+    def row(name: str, runs: Sequence[dict[str, Any]], met: str = "") -> tuple[str, ...]:
         seconds = [found["seconds"] for found in runs]
         spread = f" ({min(seconds):.1f} to {max(seconds):.1f})" if len(runs) > 1 else ""
         peak = max(found["peak_bytes"] for found in runs)
         speed = runs[0]["rows_in"] / median(seconds)
-        return f"| {name} | {median(seconds):.1f}{spread} | {speed:,.0f} | {peak / 2**30:.2f} GiB | {met} |"
+        return name, f"{median(seconds):.1f}{spread}", f"{speed:,.0f}", f"{peak / 2**30:.2f} GiB", met
 
     ours = [pair["ours"] for pair in rounds]
     met = median([found["seconds"] for found in ours]) <= MOST_SECONDS
     met = met and max(found["peak_bytes"] for found in ours) <= MOST_BYTES and median(ratios) <= MOST_RATIO
-    return "\n".join(
-        [
-            "| run | seconds | rows/s | peak memory | met |",
-            "| --- | --- | --- | --- | --- |",
-            line("`raw_data` and `prepare_data`", ours, "yes" if met else "no"),
-            line("plain `datasets.map`", [pair["plain"] for pair in rounds], ""),
-            *(line(f"ours, {found['rows_in']:,} rows", [found], "") for found in results["sizes"]),
-            "",
-            f"Ours takes {median(ratios):.2f} times the plain recipe ({min(ratios):.2f} to {max(ratios):.2f}); "
-            f"wanted: at most {MOST_RATIO}, {MOST_SECONDS} s and {MOST_BYTES / 1e9:.0f} GB.",
-        ]
+    rows = [
+        row("`raw_data` and `prepare_data`", ours, "yes" if met else "no"),
+        row("plain `datasets.map`", [pair["plain"] for pair in rounds]),
+        *(row(f"ours, {found['rows_in']:,} rows", [found]) for found in results["sizes"]),
+    ]
+    return (
+        f"{table(('run', 'seconds', 'rows/s', 'peak memory', 'met'), rows)}\n\n"
+        f"Ours takes {median(ratios):.2f} times the plain recipe ({min(ratios):.2f} to {max(ratios):.2f}); "
+        f"wanted: at most {MOST_RATIO}, {MOST_SECONDS} s and {MOST_BYTES / 1e9:.0f} GB."
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.presets import ROOT
@@ -32,3 +32,8 @@ def fill(page: Path, sections: Mapping[str, str]) -> None:
     text = filled(page.read_text(encoding="utf-8"), sections)
     with atomic_file(page) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))

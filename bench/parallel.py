@@ -21,11 +21,11 @@ from typing import Annotated, Any
 
 import typer
 
+from bench import pages
 from bench.machine import describe_machine
 from bench.measure import LONGEST_PROMPT, run_process
 from bench.ours.assets import make_random_model, make_rows
 from bench.ours.parallel import Job
-from bench.pages import BENCHMARKS, fill
 from bench.presets import ROOT
 from bench.side import Row
 from chatloom.config import Strategy
@@ -40,6 +40,19 @@ PROCESSES = 2
 ROWS_PER_STEP = 8
 ALONE: Strategy = "none"
 STRATEGIES: tuple[Strategy, ...] = (ALONE, "ddp", "colossalai_zero1", "colossalai_zero2")
+HEAD = (
+    "strategy",
+    "seconds a step",
+    "over one process (lowest to highest)",
+    "waiting for rows",
+    "to start",
+    "to the end of the first step",
+    "peak memory a process",
+    "of it over imports",
+    "planned",
+    "last loss",
+    "met",
+)
 OVERHEAD, IDLE = 1.25, 0.02
 """At most: time a step over that of one process; share of it spent waiting for rows."""
 app = typer.Typer(add_completion=False)
@@ -77,7 +90,7 @@ def main(
         typer.echo(line)
     if not smoke:
         write_json(out, results)
-        fill(BENCHMARKS, {"parallel": "\n".join(results["table"])})
+        pages.fill(pages.BENCHMARKS, {"parallel": "\n".join(results["table"])})
 
 
 def make_split(folder: Path, checkpoint: Path, source: str, count: int) -> None:
@@ -128,11 +141,7 @@ def planned(shape: Shape, strategy: Strategy, processes: int, most_tokens: int) 
 
 def table(rounds: Sequence[dict[str, Any]], steps: int, shape: Shape) -> list[str]:
     """Medians of the rounds as lines of Markdown; ratios are of the two runs of one round."""
-    lines = [
-        "| strategy | seconds a step | over one process (lowest to highest) | waiting for rows | to start | "
-        "to the end of the first step | peak memory a process | of it over imports | planned | last loss | met |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for strategy in (name for name in STRATEGIES if name in rounds[0]):
         runs = [found[strategy] for found in rounds]
         ratios = [slowest(found[strategy]) / slowest(found[ALONE]) for found in rounds]
@@ -147,14 +156,22 @@ def table(rounds: Sequence[dict[str, Any]], steps: int, shape: Shape) -> list[st
         plan = planned(shape, strategy, len(runs[0]["processes"]), int(largest("most_tokens")))
         idle = median(max(seen["waited"] / seen["seconds"] for seen in found["processes"]) for found in runs)
         met = "yes" if median(ratios) <= OVERHEAD and idle < IDLE else "no"
-        lines.append(
-            f"| `{strategy}` | {step:.3g} | {median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f}) | "
-            f"{100 * idle:.2g} % | {largest('to_start'):.1f} s | {largest('to_first_step'):.1f} s | "
-            f"{largest('peak_bytes') / 2**30:.2f} GiB | "
-            f"{over_imports / 2**30:.2f} GiB | {plan / 2**30:.2f} GiB | {largest('loss'):.3f} | "
-            f"{met if strategy != ALONE else ''} |"
+        rows.append(
+            (
+                f"`{strategy}`",
+                f"{step:.3g}",
+                f"{median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})",
+                f"{100 * idle:.2g} %",
+                f"{largest('to_start'):.1f} s",
+                f"{largest('to_first_step'):.1f} s",
+                f"{largest('peak_bytes') / 2**30:.2f} GiB",
+                f"{over_imports / 2**30:.2f} GiB",
+                f"{plan / 2**30:.2f} GiB",
+                f"{largest('loss'):.3f}",
+                met if strategy != ALONE else "",
+            )
         )
-    return lines
+    return pages.table(HEAD, rows).splitlines()
 
 
 if __name__ == "__main__":

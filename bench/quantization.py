@@ -16,8 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
+from bench import pages
 from bench.machine import describe_machine
-from bench.pages import BENCHMARKS, fill
 from bench.presets import ROOT, preset_params
 from chatloom.config import QuantizeParams
 from chatloom.data.prepared import read_split
@@ -54,26 +54,26 @@ def main(
     """Quantize with each of the settings, and compare."""
     calibration, held_out = read_split(prepared / "ptx"), read_split(prepared / "eval")
     device = resolve_device("cpu", "auto", 0)
+    common = preset_params(preset).quantize.model_copy(update=COMMON)
     found: dict[str, dict[str, float]] = {}
     for name, changed in RUNS.items():
         if only is not None and only not in name:
             continue
-        values = preset_params(preset).quantize.model_dump() | COMMON | changed
-        params = QuantizeParams.model_validate(values)
+        params = QuantizeParams.model_validate(common.model_dump() | changed)
         with TemporaryDirectory() as folder:
             started = time.monotonic()
             metrics = quantize(model, Path(folder), calibration_rows(calibration, params), params)
             seconds = time.monotonic() - started
             compared = compare(model, Path(folder), held_out, params, device).metrics
         found[name] = {"seconds": seconds, **metrics, **compared}
-        typer.echo("\n".join(table({name: found[name]}, params.languages)))
+        typer.echo(table({name: found[name]}, params.languages))
     if only is None:
         write_json(out, {"machine": describe_machine().model_dump(), "runs": found})
-        fill(BENCHMARKS, {"quantization": "\n".join(table(found, preset_params(preset).quantize.languages))})
+        pages.fill(pages.BENCHMARKS, {"quantization": table(found, common.languages)})
 
 
-def table(runs: Mapping[str, Mapping[str, float]], languages: Sequence[str]) -> list[str]:
-    """Lines of Markdown. Perplexities are GPTQ's and rounding's, as ratios to the unquantized model's."""
+def table(runs: Mapping[str, Mapping[str, float]], languages: Sequence[str]) -> str:
+    """Markdown. Perplexities are GPTQ's and rounding's, as ratios to the unquantized model's."""
     head = [
         "settings",
         *(f"perplexity {lang}: full" for lang in languages),
@@ -87,24 +87,25 @@ def table(runs: Mapping[str, Mapping[str, float]], languages: Sequence[str]) -> 
         "layers / 16 bit",
         "seconds",
     ]
-    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    rows = []
     for name, found in runs.items():
         full = {lang: found[f"perplexity/full_{lang}"] for lang in languages}
-        cells = [
-            name,
-            *(f"{full[lang]:.2f}" for lang in languages),
-            *(f"{found[f'perplexity/gptq_{lang}'] / full[lang]:.3f}x" for lang in languages),
-            *(f"{found[f'perplexity/rounded_{lang}'] / full[lang]:.3f}x" for lang in languages),
-            f"{found['error/gptq']:.4f}",
-            f"{found['error/rounded']:.4f}",
-            f"{found['error/layers_worse']:.0f} of {found['layers']:.0f}",
-            f"{100 * found['agreement/all']:.1f} %",
-            f"{found['ratio_16bit/files']:.3f}x",
-            f"{found['ratio_16bit/linear']:.3f}x",
-            f"{found['seconds']:.0f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        rows.append(
+            [
+                name,
+                *(f"{full[lang]:.2f}" for lang in languages),
+                *(f"{found[f'perplexity/gptq_{lang}'] / full[lang]:.3f}x" for lang in languages),
+                *(f"{found[f'perplexity/rounded_{lang}'] / full[lang]:.3f}x" for lang in languages),
+                f"{found['error/gptq']:.4f}",
+                f"{found['error/rounded']:.4f}",
+                f"{found['error/layers_worse']:.0f} of {found['layers']:.0f}",
+                f"{100 * found['agreement/all']:.1f} %",
+                f"{found['ratio_16bit/files']:.3f}x",
+                f"{found['ratio_16bit/linear']:.3f}x",
+                f"{found['seconds']:.0f}",
+            ]
+        )
+    return pages.table(head, rows)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from bench.pages import table
 from bench.parts import OURS, PARTS, Comparison, Measure, Part
 from bench.results import Measurement, Result
 from chatloom.errors import InputError
@@ -196,10 +197,10 @@ def markdown(measured: Measured, pictures: Sequence[str]) -> str:
             raise InputError(f"{part.name}: a smoke run's figures mean nothing; measure it, or name other --results")
     machines = dict.fromkeys(measurement.machine.line for _, measurement in measured)
     blocks = ["\n".join(f"- {line}" for line in (*machines, *_versions(measured)))]
-    blocks += [_table(head, rows) for head, rows in _tables(measured)]
+    blocks += [table(head, rows) for head, rows in _tables(measured)]
     if sides := [row for part, measurement in measured if part.comparisons for row in side_cells(part, measurement)]:
-        blocks.append(_table(SIDES_HEAD, sides))
-    blocks.append(_table(("part", "rounds", "finished", "load before a run"), [_when(m) for _, m in measured]))
+        blocks.append(table(SIDES_HEAD, sides))
+    blocks.append(table(("part", "rounds", "finished", "load before a run"), [_when(m) for _, m in measured]))
     blocks += [f"![{Path(picture).stem}]({picture})" for picture in pictures]
     return "\n\n".join(blocks)
 
@@ -227,7 +228,3 @@ def _when(measurement: Measurement) -> tuple[str, ...]:
         measurement.finished,
         f"{min(loads):.1f} to {max(loads):.1f}",
     )
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))

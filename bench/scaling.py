@@ -6,12 +6,11 @@ Writes the tables of docs/scaling.md and its pictures. No figure of the plan is 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import typer
 
-from bench.pages import fill
+from bench.pages import fill, table
 from bench.presets import ROOT
 from chatloom.config import Lora, Strategy
 from chatloom.parallel.hardware import GIB, Hardware, load_hardware
@@ -252,23 +251,23 @@ def tables(hardware: Hardware) -> dict[str, str]:
     """The page's tables by the name of their place."""
     return {
         "example": f"```\n{_example(hardware)}\n```",
-        "published": _table(
+        "published": table(
             ("as ColossalChat labels it", "published, MiB", "plan as labelled", "", "plan as read", ""),
             [
                 (label, f"{mib:,.0f}", f"{own:,.0f}", _off(own, mib), f"{read:,.0f}", _off(read, mib))
                 for label, mib, own, read in published_rows(hardware)
             ],
         ),
-        "serving": _table(
+        "serving": table(
             ("model", "published, GiB", "plan", "", "with groups of 128", "", "2048 tokens of cache"),
             [
                 (name, f"{mib:g}", f"{own:.2f}", _off(own, mib), f"{grouped:.2f}", _off(grouped, mib), f"{cache:.2f}")
                 for name, mib, own, grouped, cache in serving_rows()
             ],
         ),
-        "capacity": _table(("one GPU", *CAPACITY_JOBS), _capacity_rows(hardware)),
-        "sizes": _table(SIZES_HEAD, [_scaled_cells(line) for line in scaled(hardware)]),
-        "users": _table(
+        "capacity": table(("one GPU", *CAPACITY_JOBS), _capacity_rows(hardware)),
+        "sizes": table(SIZES_HEAD, [_scaled_cells(line) for line in scaled(hardware)]),
+        "users": table(
             ("model", "cache of all, GiB", "users a card", "cards", "tokens/s for each"),
             [
                 (f.model, f"{f.cache_gib:,.0f}", str(f.users_a_card), str(f.cards), f"{f.tokens_a_second:.0f}")
@@ -320,10 +319,6 @@ def _scaled_cells(line: Scaled) -> tuple[str, ...]:
 
 def _duration(seconds: float) -> str:
     return f"{seconds / 86400:,.1f} days" if seconds >= 2 * 86400 else f"{seconds / 3600:.1f} h"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def main() -> None:

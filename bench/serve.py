@@ -34,7 +34,7 @@ from bench.machine import describe_machine
 from bench.measure import DTYPE, LONGEST_PROMPT, SEED, run_process
 from bench.ours.assets import make_random_model, make_rows, read_source
 from bench.ours.first_token import Job as FirstToken
-from bench.pages import BENCHMARKS, fill
+from bench.pages import BENCHMARKS, fill, table
 from bench.parts import OURS
 from bench.presets import ROOT
 from bench.side import Rollouts
@@ -320,14 +320,20 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"{machine['cpu']}, {machine['cores']} cores, {results['finished']}; {len(rounds)} rounds, "
         f"load before a round {min(before):.1f} to {max(before):.1f}.",
         "",
-        "| what | figure (lowest to highest) | target | met |",
-        "| --- | --- | --- | --- |",
-        *(_figure_row(*figure) for figure in figures(results)),
+        table(
+            ("what", "figure (lowest to highest)", "target", "met"), [_figure_row(*found) for found in figures(results)]
+        ),
         "",
-        f"| {STREAMS} streams | tokens/s | first token, p50 / p95 | answer, p50 / p95 / p99 | lost |",
-        "| --- | --- | --- | --- | --- |",
-        *(_server_row(server.name, [r["servers"][server.name]["streams"] for r in rounds]) for server in SERVERS),
-        _server_row(f"ours, {results['amount']['clients']} clients, {soaked['requests']} requests", [soaked]),
+        table(
+            (f"{STREAMS} streams", "tokens/s", "first token, p50 / p95", "answer, p50 / p95 / p99", "lost"),
+            [
+                *(
+                    _server_row(server.name, [r["servers"][server.name]["streams"] for r in rounds])
+                    for server in SERVERS
+                ),
+                _server_row(f"ours, {results['amount']['clients']} clients, {soaked['requests']} requests", [soaked]),
+            ],
+        ),
     ]
     return "\n".join(lines)
 
@@ -378,19 +384,19 @@ def overhead(first_token: Mapping[str, Sequence[float]]) -> float:
     return statistics.median(served - direct for served, direct in pairs)
 
 
-def _figure_row(what: str, values: Sequence[float], unit: str, target: str, met: bool) -> str:
+def _figure_row(what: str, values: Sequence[float], unit: str, target: str, met: bool) -> tuple[str, ...]:
     spread = f" ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else ""
-    return f"| {what} | {statistics.median(values):.3g}{unit}{spread} | {target} | {'yes' if met else 'no'} |"
+    return what, f"{statistics.median(values):.3g}{unit}{spread}", target, "yes" if met else "no"
 
 
-def _server_row(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
+def _server_row(name: str, runs: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     def middle(part: str, p: str) -> str:
         return f"{statistics.median(run[part][p] for run in runs):.2f}"
 
     first = " / ".join(middle("first_token_seconds", p) for p in ("p50", "p95"))
     whole = " / ".join(middle("seconds", p) for p in ("p50", "p95", "p99"))
     rate = statistics.median(run["tokens_per_second"] for run in runs)
-    return f"| {name} | {rate:.3g} | {first} s | {whole} s | {sum(run['lost'] for run in runs)} |"
+    return name, f"{rate:.3g}", f"{first} s", f"{whole} s", str(sum(run["lost"] for run in runs))
 
 
 if __name__ == "__main__":

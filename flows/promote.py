@@ -51,7 +51,7 @@ def promote(model: Version = "models:/chatloom@challenger", hours: Hours = 72.0)
         )
     except FlowPauseTimeout:
         reason = f"nobody decided within {hours:g} hours"
-        decide(candidate, approved=False, by="nobody", reason=reason)
+        record(candidate, False, "nobody", reason)
         return Failed(name="TimedOut", message=f"{candidate.uri} is rejected: {reason}")
     record(candidate, said.approve, said.name.strip(), said.reason.strip())
     if said.approve:

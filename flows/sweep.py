@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +52,8 @@ def sweep(sets: list[ParameterSet], preset: Preset = DEFAULT) -> State[Any]:
 def experiment(name: str, preset: Preset, overrides: list[Override]) -> dict[str, str]:
     """One experiment of a sweep."""
     root = Path.cwd()
-    id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     workspace = experiment_path(preset, root, overrides)
-    with at_work(workspace, lambda: make_experiment(preset, root, overrides, id)) as reproduction:
+    with at_work(workspace, lambda: make_experiment(preset, root, overrides)) as reproduction:
         stages = upstream({"evaluate"}, dependencies(reproduction.workspace))
         run = Walk(reproduction, only=stages)
         with reporting(run):

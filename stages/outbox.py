@@ -23,15 +23,14 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from chatloom.files import write_json
-from chatloom.registry.resolve import few_retries, may_pass
+from chatloom.registry.lineage import PARENT_TAG
+from chatloom.registry.resolve import few_retries, first_line, may_pass
 
 log = logging.getLogger("stages.outbox")
 
 KEPT = Path(".state/unsent")
 RECORD, EVENTS, FILES = "run.json", "events.jsonl", "files"
 MAX_PARAMS_AT_ONCE, MAX_METRICS_AT_ONCE = 100, 1000  # MLflow refuses larger batches
-REPRODUCTION = "chatloom.reproduction"
-"""Tag of the run that is the parent of a reproduction's stages."""
 
 Event = dict[str, Any]
 Errors = tuple[type[Exception], ...]
@@ -231,11 +230,11 @@ def _parent(client: Any, experiment: str, record: Record) -> str | None:
     """Id of the run of the reproduction, shown as running while a stage runs; None outside a reproduction."""
     if record.reproduction is None:
         return None
-    found = client.search_runs([experiment], f"tags.`{REPRODUCTION}` = '{record.reproduction}'", max_results=1)
+    found = client.search_runs([experiment], f"tags.`{PARENT_TAG}` = '{record.reproduction}'", max_results=1)
     if found:
         client.update_run(found[0].info.run_id, status="RUNNING")
         return cast(str, found[0].info.run_id)
-    tags = record.common | {REPRODUCTION: record.reproduction}
+    tags = record.common | {PARENT_TAG: record.reproduction}
     return cast(str, client.create_run(experiment, record.started, tags, record.reproduction).info.run_id)
 
 
@@ -254,10 +253,6 @@ def import_mlflow() -> tuple[Any, Errors]:
 
 def sqlite_file(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def now() -> int:

@@ -23,14 +23,13 @@ from chatloom.config import Params
 from chatloom.errors import InputError, Unavailable
 from chatloom.git import head
 from chatloom.registry.lineage import INPUTS_TAG, OUT_TAG, describe_machine
-from chatloom.registry.resolve import few_retries, may_pass
+from chatloom.registry.resolve import few_retries, first_line, may_pass
 from stages.outbox import (
     Errors,
     Event,
     Outbox,
     Record,
     create,
-    first_line,
     import_mlflow,
     now,
     perform,

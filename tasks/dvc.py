@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,10 +21,9 @@ from chatloom.errors import EX_TEMPFAIL
 from tasks.processes import SECONDS_OF_GRACE, end_tree
 from tasks.progress import ProgressArtifact
 from tasks.slots import slot_of
-from tasks.workspace import Reproduction
+from tasks.workspace import DVC, Reproduction
 
 Outcome = Literal["unchanged", "cached", "ran"]
-DVC = [sys.executable, "-m", "dvc"]
 LINES_IN_A_FAILURE = 20
 LONGEST_LINE = 4000  # Prefect drops a record that is too long
 

@@ -6,27 +6,31 @@ Not by `dvc exp run -S`: where params.yaml has an alias, as ours does, it change
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dvc.config import Config, merge
 
 from chatloom.errors import InputError
-from tasks.workspace import FOLDER, SHARED, Reproduction, copy_if_changed, load_values, mirror, workspace_name
-
-DVC = [sys.executable, "-m", "dvc"]
+from tasks.workspace import (
+    DVC,
+    FOLDER,
+    SHARED,
+    Reproduction,
+    copy_if_changed,
+    load_values,
+    mirror,
+    new_id,
+    workspace_name,
+)
 
 
 def experiment_path(preset: str, root: Path, overrides: Sequence[str]) -> Path:
     return root / FOLDER / f"exp-{workspace_name(preset, overrides)}"
 
 
-def make_experiment(preset: str, root: Path, overrides: Sequence[str], id: str) -> Reproduction:
+def make_experiment(preset: str, root: Path, overrides: Sequence[str]) -> Reproduction:
     """A workspace that is a git repository at the checkout's commit, with its changes and with `overrides`.
-
-    Args:
-        id: of the reproduction.
 
     Raises:
         InputError: as `make_workspace` does.
@@ -44,7 +48,7 @@ def make_experiment(preset: str, root: Path, overrides: Sequence[str], id: str) 
     for folder in SHARED:  # copied: git would take a link for the end of what it tracks there
         for file in (path for path in (root / folder).rglob("*") if path.is_file()):
             copy_if_changed(file, workspace / file.relative_to(root))
-    return Reproduction(workspace.name, root, workspace, id)
+    return Reproduction(workspace.name, root, workspace, new_id())
 
 
 def save_experiment(reproduction: Reproduction, name: str, stages: Iterable[str]) -> None:

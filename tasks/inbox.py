@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from chatloom.errors import InputError, Unavailable
+from chatloom.data.sources import trouble
+from chatloom.errors import InputError
 from chatloom.files import atomic_file
 
 FOLDER = Path("data/own/inbox")
@@ -71,7 +72,6 @@ def _fetch(url: str, target: Path) -> None:
             for piece in answer.iter_bytes():
                 opened.write(piece)
     except httpx.HTTPStatusError as error:
-        kind = Unavailable if error.response.is_server_error else InputError
-        raise kind(f"inbox {url}: the server answered {error.response.status_code}") from error
-    except httpx.TransportError as error:
-        raise Unavailable(f"inbox {url}: cannot be fetched: {error or type(error).__name__}") from error
+        raise trouble(error)(f"inbox {url}: the server answered {error.response.status_code}") from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise trouble(error)(f"inbox {url}: cannot be fetched: {error or type(error).__name__}") from error

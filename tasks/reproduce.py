@@ -11,7 +11,7 @@ import typer
 
 from chatloom.errors import InputError
 from tasks.alone import alone_in
-from tasks.workspace import DEFAULT, Reproduction, workspace_path
+from tasks.workspace import DEFAULT, DVC, Reproduction, workspace_path
 
 
 def main(
@@ -30,7 +30,7 @@ def main(
             record({"reproduction": reproduction.id})
             os.chdir(workspace)
             # DVC takes the place of this process: its exit status and the signals sent to it need no passing on.
-            command = [sys.executable, "-m", "dvc", "repro", *(stage or [])]
+            command = [*DVC, "repro", *(stage or [])]
             os.execve(sys.executable, command, reproduction.environment())
     except InputError as error:
         typer.echo(str(error), err=True)

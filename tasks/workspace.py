@@ -32,6 +32,7 @@ from chatloom.files import atomic_file, write_json
 from stages.run import PRESET, REPRODUCTION
 
 DEFAULT, FOLDER = "default", "workspaces"
+DVC = [sys.executable, "-m", "dvc"]
 OWN = ("params.yaml", "dvc.lock")  # files that a workspace has for itself, as it has .dvc/
 # What people put there is shared by all presets, written to, and not to be copied: linked.
 SHARED = (Path("data/own"), Path("data/rankings"))
@@ -59,8 +60,7 @@ class Reproduction:
         """
         workspace = make_workspace(preset, root, overrides)
         given = os.environ.get(REPRODUCTION)
-        id = given or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-        return cls(workspace_name(preset, overrides), root, workspace, id)
+        return cls(workspace_name(preset, overrides), root, workspace, given or new_id())
 
     def environment(self) -> dict[str, str]:
         """What DVC and the stages below it find in their environment."""
@@ -73,6 +73,11 @@ class Reproduction:
             PRESET: self.name,
             REPRODUCTION: self.id,
         }
+
+
+def new_id() -> str:
+    """Of a reproduction."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 def presets(root: Path) -> list[str]:

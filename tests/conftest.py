@@ -68,6 +68,16 @@ def make_checkpoint(folder: Path, source: RandomSource) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's store that is initialised, which takes a second, and empty: to be copied."""
+    import mlflow
+
+    store = tmp_path_factory.mktemp("store") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{store}").search_experiments()
+    return store
+
+
 @pytest.fixture
 def lora() -> Lora:
     return Lora(rank=4, alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], layers=None, base_bits=None)

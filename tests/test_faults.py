@@ -69,13 +69,6 @@ signal.pause()
 DVC = [sys.executable, "-m", "dvc"]
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    store = tmp_path_factory.mktemp("store") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{store}").search_experiments()
-    return store
-
-
 @pytest.fixture
 def trains(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A checkout whose only stage is the loop above."""

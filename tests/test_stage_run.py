@@ -27,14 +27,6 @@ from stages.tracking import _is_running, dvc_hash, flattened
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store that is initialised, which takes a second, and empty."""
-    store = tmp_path_factory.mktemp("store") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{store}").search_experiments()
-    return store
-
-
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> Iterator[Path]:
     shutil.copy(ROOT / "params.yaml", tmp_path)

@@ -360,13 +360,9 @@ def download(url: str, sha256: str, folder: Path, where: str) -> Path:
             part.unlink()
             found = _fetch(url, part)
     except httpx.HTTPStatusError as error:
-        status = error.response.status_code
-        passes = error.response.is_server_error or status == httpx.codes.TOO_MANY_REQUESTS
-        raise (Unavailable if passes else InputError)(f"{where}: the server answered {status}") from error
+        raise trouble(error)(f"{where}: the server answered {error.response.status_code}") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        passes = isinstance(error, httpx.TransportError) and not isinstance(error, httpx.UnsupportedProtocol)
-        reason = f"{where}: cannot be downloaded: {error or type(error).__name__}"
-        raise (Unavailable if passes else InputError)(reason) from error
+        raise trouble(error)(f"{where}: cannot be downloaded: {error or type(error).__name__}") from error
     if found != sha256:
         part.unlink()
         raise InputError(
@@ -375,6 +371,15 @@ def download(url: str, sha256: str, folder: Path, where: str) -> Path:
         )
     part.replace(path)
     return path
+
+
+def trouble(error: httpx.HTTPError | httpx.InvalidURL) -> type[InputError]:
+    """What the failure of a request is: `Unavailable` where it may pass."""
+    if isinstance(error, httpx.HTTPStatusError):
+        passes = error.response.is_server_error or error.response.status_code == httpx.codes.TOO_MANY_REQUESTS
+    else:
+        passes = isinstance(error, httpx.TransportError) and not isinstance(error, httpx.UnsupportedProtocol)
+    return Unavailable if passes else InputError
 
 
 def _fetch(url: str, part: Path) -> str:

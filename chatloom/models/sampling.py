@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LEAST_TEMPERATURE = 1e-5
-"""Below it the likeliest token has all of the probability anyway, and logits divided by it leave float32."""
+"""Below it the likeliest token is taken: it has all of the probability, and logits divided by it leave float32."""
 
 SECTION = 256
 """Tokens whose probabilities are summed before the cumulative sum, so that only B * V / 256 numbers are float64."""
@@ -35,10 +35,10 @@ def sample(logits: Tensor, settings: Sequence[Sampling], uniforms: Sequence[floa
         settings: of each row.
         uniforms: in [0, 1), one a row; a greedy row does not use its own.
     """
-    greedy = [s.temperature == 0 for s in settings]
+    greedy = [s.temperature < LEAST_TEMPERATURE for s in settings]
     if all(greedy):
         return _integers(logits.argmax(-1))
-    temperatures = [max(s.temperature, LEAST_TEMPERATURE) if s.temperature else 1.0 for s in settings]
+    temperatures = [1.0 if likeliest else s.temperature for s, likeliest in zip(settings, greedy, strict=True)]
     scaled = logits.float()
     if any(temperature != 1 for temperature in temperatures):
         scaled = scaled / torch.tensor(temperatures, device=logits.device)[:, None]

@@ -12,8 +12,8 @@ from typing import Any
 from chatloom.errors import InputError
 from chatloom.registry.aliases import CHAMPION, Move, champion_of
 from chatloom.registry.register import ACCEPTED, COMPARED_WITH, REJECTED, STATUS
-from chatloom.registry.resolve import ADDRESS, registry_errors, use_tracking_store, version_number
-from chatloom.registry.versions import promote
+from chatloom.registry.resolve import parse_address, registry_errors, use_tracking_store, version_number
+from chatloom.registry.versions import is_compared, promote
 
 EVALUATION = "evaluate.json"
 """File of a version with what the models answered, side by side."""
@@ -48,10 +48,7 @@ def read_candidate(uri: str) -> Candidate:
         InputError: where it is champion already, broke a gate, or was compared with another champion.
         Unavailable: where the registry is down.
     """
-    address = ADDRESS.fullmatch(uri)
-    if address is None:
-        raise InputError(f"{uri}: write models:/name@alias or models:/name/version")
-    use_tracking_store(uri)
+    address = parse_address(uri)
     import mlflow
 
     with registry_errors(uri):
@@ -65,7 +62,7 @@ def read_candidate(uri: str) -> Candidate:
         if tags.get(STATUS) != ACCEPTED:
             why = tags.get("rejected.reason", "no gate was looked at")
             raise InputError(f"{uri}: version {number} is not fit to be champion: {why}")
-        if champion is not None and tags.get(COMPARED_WITH) != champion:
+        if not is_compared(tags, champion):
             raise InputError(
                 f"{uri}: version {number} was compared with {tags.get(COMPARED_WITH, 'no champion')}, the champion is "
                 f"version {champion}: register it again to measure both on the same rows"

@@ -35,6 +35,8 @@ OUT_TAG = "out/"
 """Begins the tags of a run that say what it made: `out/models/ppo` with the hash that DVC gives these bytes."""
 WEIGHTS_TAG = "dvc.model"
 """Tag of a version: DVC's hash of the checkpoint that was registered, or `NONE`."""
+PARENT_TAG = "chatloom.reproduction"
+"""Tag of the run that is the parent of a reproduction's stages; its value is the reproduction's id."""
 INPUTS_TAG = "chatloom.inputs"
 """Tag of a run: one hash of everything that DVC lists as its stage's deps and params."""
 RAW_REPORT, PREPARE_REPORT = Path("reports/raw_data.json"), Path("reports/prepare_data.json")

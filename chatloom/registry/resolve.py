@@ -55,14 +55,24 @@ def current_version(uri: str) -> str:
     Raises:
         InputError: where the registry is down, or does not have it.
     """
-    address = ADDRESS.fullmatch(uri)
-    if address is None:
-        raise InputError(f"{uri}: write models:/name@alias or models:/name/version")
-    use_tracking_store(uri)
+    address = parse_address(uri)
     import mlflow
 
     with registry_errors(uri):
         return version_number(uri, mlflow.MlflowClient(), address["name"], address["alias"], address["version"])
+
+
+def parse_address(uri: str) -> re.Match[str]:
+    """The parts `name`, `alias` and `version` of a version's address; MLflow's store is set for it.
+
+    Raises:
+        InputError: where it is malformed, or there is no store.
+    """
+    address = ADDRESS.fullmatch(uri)
+    if address is None:
+        raise InputError(f"{uri}: write models:/name@alias or models:/name/version")
+    use_tracking_store(uri)
+    return address
 
 
 def use_tracking_store(purpose: str) -> None:
@@ -92,11 +102,15 @@ def registry_errors(purpose: str) -> Iterator[None]:
         with few_retries():
             yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise (Unavailable if may_pass(error) else InputError)(
-            f"{purpose}: the registry at {get_tracking_uri()} did not do it: {first}; if it is down, "
+            f"{purpose}: the registry at {get_tracking_uri()} did not do it: {first_line(error)}; if it is down, "
             "start it (make ui), or set MLFLOW_TRACKING_URI to one that runs"
         ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What it says, without a server's whole answer; its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def may_pass(error: BaseException) -> bool:

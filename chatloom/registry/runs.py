@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from chatloom.registry.lineage import PARENT_TAG
 from chatloom.registry.resolve import registry_errors, use_tracking_store
 
-PARENT = "chatloom.reproduction"
-"""Tag of the run that is the parent of a reproduction's stages; its value is the reproduction's id."""
 REPORT = "reports/report.html"
 
 
@@ -27,7 +26,7 @@ def run_pages(reproduction: str, ui: str) -> dict[str, str]:
 
     with registry_errors(f"the runs of {reproduction}"):
         parents = mlflow.search_runs(
-            search_all_experiments=True, filter_string=f"tags.`{PARENT}` = '{reproduction}'", output_format="list"
+            search_all_experiments=True, filter_string=f"tags.`{PARENT_TAG}` = '{reproduction}'", output_format="list"
         )
         pages: dict[str, str] = {}
         for parent in parents:

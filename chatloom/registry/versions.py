@@ -13,7 +13,7 @@ from chatloom.errors import InputError
 from chatloom.registry.aliases import CHAMPION, Move, champion_before, champion_of, move_champion, read_moves
 from chatloom.registry.lineage import FILE, NONE, Facts, parents
 from chatloom.registry.register import COMPARED_WITH, REJECTED, STATUS
-from chatloom.registry.resolve import ADDRESS, registry_errors, use_tracking_store, version_number
+from chatloom.registry.resolve import parse_address, registry_errors, use_tracking_store, version_number
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def read_version(uri: str) -> Version:
     Raises:
         InputError: where the registry is down or does not have it, or the version is older than lineage files.
     """
-    address = _address(uri)
+    address = parse_address(uri)
     import mlflow
 
     with registry_errors(uri):
@@ -94,7 +94,7 @@ def promote(uri: str, reason: str, expect: str | None = None, *, compared: bool 
         InputError: where it broke a gate, was compared with another champion, is champion already, or the champion is
             not the expected one.
     """
-    address = _address(uri)
+    address = parse_address(uri)
     import mlflow
 
     with registry_errors(uri):
@@ -110,14 +110,19 @@ def promote(uri: str, reason: str, expect: str | None = None, *, compared: bool 
                 f"{uri}: version {number} was rejected: {tags['rejected.reason']}; a version that broke a gate is "
                 "never champion: register one that holds, or change register.gates and register this one again"
             )
-        rival = tags.get(COMPARED_WITH, NONE)
-        if compared and before is not None and rival != before:
+        if compared and not is_compared(tags, before):
+            rival = tags.get(COMPARED_WITH, NONE)
             met = "no champion" if rival == NONE else f"version {rival}"
             raise InputError(
                 f"{uri}: version {number} was compared with {met}, the champion is version {before}: register it again "
                 "to measure both on the same rows, or say --without-comparison"
             )
         return move_champion(client, name, number, expected=before, action="promote", reason=reason, by=by)
+
+
+def is_compared(tags: Mapping[str, str], champion: str | None) -> bool:
+    """Whether the gates of a version compared it with the present champion, on the same rows, or there is none."""
+    return champion is None or tags.get(COMPARED_WITH) == champion
 
 
 def rollback(name: str, reason: str, expect: str | None = None) -> Move:
@@ -140,14 +145,6 @@ def rollback(name: str, reason: str, expect: str | None = None) -> Move:
                 f"chatloom promote models:/{name}/VERSION --reason ..."
             )
         return move_champion(client, name, earlier, expected=present, action="rollback", reason=reason)
-
-
-def _address(uri: str) -> Any:
-    found = ADDRESS.fullmatch(uri)
-    if found is None:
-        raise InputError(f"{uri}: write models:/name@alias or models:/name/version")
-    use_tracking_store(uri)
-    return found
 
 
 def _expected(client: Any, name: str, expect: str | None) -> str | None:

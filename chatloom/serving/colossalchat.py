@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from chatloom.serving.calls import Call
 from chatloom.serving.scheduler import EngineFailure, Stopped
-from chatloom.serving.schema import ChatRequest, RequestMessage
+from chatloom.serving.schema import ChatRequest, Count, RepetitionPenalty, RequestMessage, Temperature, TopP
 
 
 class Dialogue(BaseModel):
@@ -29,12 +29,12 @@ class GenerationRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    max_new_tokens: Annotated[int, Field(ge=1)]
+    max_new_tokens: Count
     history: Annotated[list[Dialogue], Field(min_length=1)]
-    top_k: Annotated[int, Field(ge=1)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    top_k: Count | None = None
+    top_p: TopP | None = None
+    temperature: Temperature | None = None
+    repetition_penalty: RepetitionPenalty | None = None
 
     @model_validator(mode="after")
     def _open_end(self) -> Self:

@@ -75,6 +75,10 @@ StopStrings = Annotated[
     BeforeValidator(_as_list),
 ]
 Count = Annotated[int, Field(ge=1)]
+Temperature = Annotated[float, Field(ge=0, le=2)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+RepetitionPenalty = Annotated[float, Field(ge=0.01, le=10)]
+"""Smaller ones take logits out of float32."""
 
 
 class Settings(BaseModel):
@@ -84,13 +88,13 @@ class Settings(BaseModel):
 
     model: str
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=1)] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: Count | None = None
     """Not OpenAI's, like `repetition_penalty`; clients send them as `extra_body`."""
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    repetition_penalty: RepetitionPenalty | None = None
     stop: StopStrings = []
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool | None = None
