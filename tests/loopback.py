@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import httpx
+import psutil
 import uvicorn
 from fastapi import FastAPI
 
@@ -45,6 +46,11 @@ def poll(condition: Callable[[], T], seconds: float = 20, *, pause: float = 0.01
         assert time.monotonic() < deadline, f"the condition never held: {answer!r}"
         threading.Event().wait(pause)
     return answer
+
+
+def is_over(pid: int) -> bool:
+    """Whether a process has ended, though perhaps nobody asked for its status: not every container adopts orphans."""
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 class Relay:

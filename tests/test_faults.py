@@ -24,7 +24,7 @@ from stages.run import stage
 from tasks.cache import is_whole, objects
 from tasks.processes import end_tree
 from tests.conftest import ROOT
-from tests.loopback import poll
+from tests.loopback import is_over, poll
 from tests.tasks.toy_pipeline import chain, make_checkout
 
 pytestmark = pytest.mark.smoke
@@ -66,6 +66,7 @@ stop_with_dvc()
 Path("ready").touch()
 signal.pause()
 """
+SAVES_LONG = 'Path("gate").read_text()'
 DVC = [sys.executable, "-m", "dvc"]
 
 
@@ -144,19 +145,46 @@ def assert_made(folder: Path) -> None:
     assert sorted((point.step, point.value) for point in history) == [(1, 1.0), (2, 3.0), (3, 6.0)]
 
 
+@pytest.mark.parametrize("shell", ["/bin/bash", "/bin/sh"])  # of which one makes way for the command
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_stage_is_told_once_when_its_dvc_ends(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_stage_is_told_once_when_its_dvc_ends(number: signal.Signals, shell: str, tmp_path: Path) -> None:
     listed = {"cmd": f"{sys.executable} is_told.py", "deps": ["is_told.py"]}
     root = make_checkout(tmp_path / "checkout", {"stages": {"train_sft": listed}})
     (root / "is_told.py").write_text(IS_TOLD)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SHELL": shell}
     with ended(subprocess.Popen([*DVC, "repro"], cwd=root, env=environment)) as dvc:
         wait_until((root / "ready").exists, dvc)
-        (trainer,) = [one for one in psutil.Process(dvc.pid).children(recursive=True) if "is_told.py" in one.cmdline()]
+        trainer = trainer_of(dvc, "is_told.py")
         dvc.send_signal(number)
         assert dvc.wait(30) == -number
-        poll(lambda: not trainer.is_running())
+        poll(lambda: is_over(trainer.pid))
     assert (root / "told").read_text() == "once"
+
+
+@pytest.mark.parametrize("shell", ["/bin/bash", "/bin/sh"])
+def test_a_stage_that_was_told_together_with_its_dvc_is_not_told_again(shell: str, tmp_path: Path) -> None:
+    """It saves its state for longer than DVC takes to end; a second word would end it at once."""
+    listed = {"cmd": f"{sys.executable} is_told.py", "deps": ["is_told.py"]}
+    root = make_checkout(tmp_path / "checkout", {"stages": {"train_sft": listed}})
+    (root / "is_told.py").write_text(f"{IS_TOLD}\n{SAVES_LONG}")
+    os.mkfifo(root / "gate")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SHELL": shell}
+    with ended(subprocess.Popen([*DVC, "repro"], cwd=root, env=environment)) as dvc:
+        wait_until((root / "ready").exists, dvc)
+        trainer = trainer_of(dvc, "is_told.py")
+        trainer.terminate()
+        poll((root / "told").exists)
+        dvc.kill()
+        dvc.wait(30)
+        (root / "gate").write_text("saved")
+        poll(lambda: is_over(trainer.pid))
+    assert (root / "told").read_text() == "once"
+
+
+def trainer_of(dvc: subprocess.Popen[bytes], script: str) -> psutil.Process:
+    """The shell between them, if it stays, has the script in its command line too, but as a part of one word."""
+    (found,) = [one for one in psutil.Process(dvc.pid).children(recursive=True) if script in one.cmdline()]
+    return found
 
 
 def test_dvc_alone_is_killed_the_trainer_saves_and_the_next_run_goes_on(trains: Path) -> None:
@@ -165,7 +193,7 @@ def test_dvc_alone_is_killed_the_trainer_saves_and_the_next_run_goes_on(trains: 
     os.mkfifo(gate)
     with ended(subprocess.Popen([*DVC, "repro"], cwd=trains)) as first:
         wait_until((trains / "step 2").exists, first)
-        (trainer,) = [one for one in psutil.Process(first.pid).children(recursive=True) if "trains.py" in one.cmdline()]
+        trainer = trainer_of(first, "trains.py")
         first.kill()
         first.wait(30)
     with (
@@ -175,7 +203,7 @@ def test_dvc_alone_is_killed_the_trainer_saves_and_the_next_run_goes_on(trains: 
         wait_until(lambda: f"process {trainer.pid} still runs it here" in log.read_text(), second)
         os.close(os.open(gate, os.O_WRONLY | os.O_NONBLOCK))  # an error where nobody waits before it
         assert second.wait(300) == 0, log.read_text()
-    assert not psutil.pid_exists(trainer.pid)
+    assert is_over(trainer.pid)
     assert "resumes after step 2" in log.read_text()
     assert_made(trains)
     assert run(trains, *DVC, "status", "--json").stdout.strip() == "{}"

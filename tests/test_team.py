@@ -39,7 +39,7 @@ def postgres_program(name: str) -> str | None:
 
 @contextmanager
 def postgres() -> Iterator[str]:
-    """Address of a database of a PostgreSQL server on loopback; it does not run as root, so `nobody` runs it there."""
+    """Where a PostgreSQL server on loopback has a database, after the scheme; it refuses root, so `nobody` runs it."""
     initdb, server = (postgres_program(name) for name in ("initdb", "postgres"))
     if initdb is None or server is None:
         pytest.skip("needs PostgreSQL's server (Debian: postgresql)")
@@ -60,7 +60,7 @@ def postgres() -> Iterator[str]:
             process = subprocess.Popen([server, "-D", data, "-p", str(port), *options], stderr=log, cwd=folder, **user)
         try:
             poll(lambda: takes_connections(port), SECONDS_TO_START)
-            yield f"postgresql://mlflow:{PASSWORD.replace('@', '%40').replace('/', '%2F')}@127.0.0.1:{port}/postgres"
+            yield f"mlflow:{PASSWORD.replace('@', '%40').replace('/', '%2F')}@127.0.0.1:{port}/postgres"
         finally:
             process.terminate()
             process.wait(60)
@@ -92,9 +92,10 @@ def test_runs_are_in_postgresql_and_artifacts_in_s3(tmp_path: Path, monkeypatch:
         s3.create_bucket(Bucket="mlflow")
         # The server alone knows database and keys. It is told what deploy/ tells it, but for the addresses of today.
         told = compose()["services"]["mlflow"]["environment"] | keys
+        scheme = told["MLFLOW_BACKEND_STORE_URI"].partition("://")[0]
         server = MlflowServer(tmp_path)
         server.environment = told | {
-            "MLFLOW_BACKEND_STORE_URI": database,
+            "MLFLOW_BACKEND_STORE_URI": f"{scheme}://{database}",
             "MLFLOW_S3_ENDPOINT_URL": endpoint,
             "MLFLOW_SERVER_ALLOWED_HOSTS": f"{told['MLFLOW_SERVER_ALLOWED_HOSTS']},127.0.0.1:{server.port}",
         }
@@ -114,7 +115,7 @@ def test_runs_are_in_postgresql_and_artifacts_in_s3(tmp_path: Path, monkeypatch:
             client.set_registered_model_alias("chatloom", "champion", made.version)
             assert client.get_model_version_by_alias("chatloom", "champion").version == "1"
 
-            with psycopg.connect(database) as connection, connection.cursor() as rows:
+            with psycopg.connect(f"postgresql://{database}") as connection, connection.cursor() as rows:
                 rows.execute("SELECT run_uuid, status FROM runs WHERE name = 'train_sft'")
                 ((id, status),) = rows.fetchall()
                 rows.execute("SELECT value FROM metrics WHERE key = 'train/loss' AND run_uuid = %s", (id,))

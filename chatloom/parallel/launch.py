@@ -12,11 +12,13 @@ import json
 import logging
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, MutableMapping
@@ -61,18 +63,39 @@ def is_first() -> bool:
 def stop_with_dvc() -> None:
     """Where DVC runs this process as a stage, be told to stop (SIGTERM) if DVC dies: nobody would record what we make.
 
-    Linux tells those that ask for it, and it is no ending: a training loop saves its state.
+    It is no ending: a training loop saves its state. Who was told already is not told again, which would end it at
+    once: a stop is often meant for DVC and for us.
     """
     if "DVC_STAGE" not in os.environ or "RANK" in os.environ:  # ranks have their launcher
         return
+    dvc = os.pidfd_open(_dvc().pid)
+    told, tells = os.pipe2(os.O_NONBLOCK)  # never closed: Python writes the number of each signal into it
+    signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    main = threading.main_thread().ident
+    assert main is not None
 
-    def orphaned(number: int, _frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)
-        signal.raise_signal(signal.SIGTERM)
+    def watch() -> None:
+        while True:
+            ready, _, _ = select.select([dvc, told], [], [])
+            if told in ready and {signal.SIGTERM, signal.SIGINT} & set(os.read(told, 4096)):
+                return
+            if dvc in ready:
+                signal.pthread_kill(main, signal.SIGTERM)
+                return
 
-    # Not SIGTERM itself: Linux signals the end of each of DVC's threads, and a loop that is told twice saves nothing.
-    signal.signal(signal.SIGUSR1, orphaned)
-    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGUSR1)
+    threading.Thread(target=watch, daemon=True, name="stop_with_dvc").start()
+
+
+def _dvc() -> psutil.Process:
+    """The process that runs us as a stage: our parent, or above the shell of the stage's command."""
+    above = psutil.Process().parents()
+    for process in above:
+        with suppress(psutil.AccessDenied):
+            if process.environ().get("DVC_STAGE") == os.environ["DVC_STAGE"]:
+                continue
+        return process
+    return above[-1]
 
 
 def report_failure(text: str, *, follows: bool = False) -> bool:

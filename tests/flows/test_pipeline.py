@@ -30,7 +30,7 @@ from flows.sweep import sweep
 from tasks.dvc import dependencies
 from tasks.slots import ensure_slots, slot_of
 from tasks.workspace import Reproduction
-from tests.loopback import poll
+from tests.loopback import is_over, poll
 
 REPO = Path(__file__).resolve().parents[2]
 STAGES = list(yaml.safe_load((REPO / "dvc.yaml").read_text())["stages"])
@@ -211,7 +211,7 @@ def test_a_flow_that_was_killed_is_noticed_and_cleaned_up_after(reproduced: Path
 
     state, _, task_runs = run()
     assert state.is_completed(), state.message
-    assert not dvc.is_running()
+    assert is_over(dvc.pid)
     assert (reproduced / "state").exists(), "the stage was asked, and saved its state"
     assert states(task_runs)["raw_data"] == "Ran"
     assert json.loads((reproduced / ".dvc/tmp/rwlock").read_text()) == {}

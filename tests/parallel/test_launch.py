@@ -18,7 +18,7 @@ from chatloom.config import Parallel
 from chatloom.errors import InputError
 from chatloom.parallel import launch
 from tests.conftest import ROOT
-from tests.loopback import free_port
+from tests.loopback import free_port, is_over
 
 TWO = Parallel(strategy="ddp", num_processes=2, tensor_size=1, hostfile=None)
 
@@ -133,10 +133,6 @@ def workers_in(folder: Path) -> list[int]:
     """The ids of both processes by rank, once they are connected."""
     wait_for(lambda: len(list(folder.glob("*.pid"))) == 2)
     return [int(file.read_text()) for file in sorted(folder.glob("*.pid"))]
-
-
-def is_over(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.smoke
