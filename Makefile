@@ -10,6 +10,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PRESET ?= default
 PREFECT_PORT ?= 4200
 MLFLOW_PORT ?= 5000
+# Most of the suite's time is servers and processes that start. A file's tests share what they set up, and files begin
+# in their order: those with the longest tests are not among the last.
+IN_PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help repro flow ui down serve chat test test-unit lint lock bench bench-data bench-parallel bench-serve check-cache clean
 
@@ -35,10 +38,10 @@ chat: .venv/.installed ## Talk to the champion in the terminal
 	@exec chatloom chat
 
 test: lint ## Everything: linters, types, import rules, every test (GPU tests skip themselves without CUDA)
-	pytest
+	pytest $(IN_PARALLEL)
 
 test-unit: .venv/.installed ## Tests that need no server and no pipeline run
-	pytest -m "not smoke"
+	pytest $(IN_PARALLEL) -m "not smoke"
 
 lint: .venv/.installed ## Linters, types, import rules
 	ruff check

@@ -94,6 +94,8 @@ def _serve(ends: ExitStack, root: Path, prefect_port: int, mlflow_port: int, con
         "PWD": str(root),  # what prefect.yaml takes as the folder of the checkout
         "PREFECT_API_URL": f"{prefect}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # Who holds which slot: in its memory alone it would be lost with the server, and the slots taken for ever.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven processes for evaluation jobs that nobody starts here
         MLFLOW_UI: mlflow if own_mlflow else store,
     }

@@ -58,8 +58,8 @@ def save_experiment(reproduction: Reproduction, name: str, stages: Iterable[str]
         InputError: where DVC refuses.
     """
     for command in (
-        ["exp", "save", "--quiet", "--force", "--name", name, *stages],
-        ["exp", "push", "--quiet", "--force", "--no-cache", str(reproduction.root), name],
+        ["exp", "save", "--force", "--name", name, *stages],
+        ["exp", "push", "--force", "--no-cache", str(reproduction.root), name],
     ):
         done = subprocess.run(
             [*DVC, *command],
@@ -71,7 +71,7 @@ def save_experiment(reproduction: Reproduction, name: str, stages: Iterable[str]
         )
         if done.returncode:
             raise InputError(
-                f"experiment {name!r}: dvc {command[1]} in {reproduction.workspace}: {done.stderr.strip()}"
+                f"experiment {name!r}: dvc exp {command[1]} in {reproduction.workspace}: {done.stderr.strip()}"
             )
 
 

@@ -11,6 +11,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.settings import PREFECT_API_URL
 
 from chatloom.config import load_params
 from tasks.workspace import Reproduction
@@ -22,6 +23,8 @@ LIGHT = ("base_model", "raw_data", "prepare_data")
 
 def ensure_slots() -> None:
     """Make the limits that the server lacks, with one slot each; for more: `prefect gcl update gpu --limit 4`."""
+    if not _is_counted():
+        return
     with get_client(sync_client=True) as client:
         for name in (GPU, CPU):
             try:
@@ -37,9 +40,10 @@ def ensure_slots() -> None:
 def slot_of(stage: str, reproduction: Reproduction, say: Callable[[str], None]) -> Iterator[None]:
     """Hold the slot that `stage` needs, if any, for the block; wait while none is free.
 
-    The limit has to exist: a missing one is an error, and no licence to start.
+    The limit has to exist: a missing one is an error, and no licence to start. Without a server that outlives the flow
+    nobody counts: Prefect's temporary one forgets the holders, but not the slots, when it is killed.
     """
-    if stage in LIGHT:
+    if stage in LIGHT or not _is_counted():
         yield
         return
     name = GPU if uses_gpu(reproduction.workspace) else CPU
@@ -55,3 +59,7 @@ def uses_gpu(workspace: Path, devices: Path = Path("/dev")) -> bool:
     if device != "auto":
         return device == "cuda"
     return any(devices.glob("nvidia[0-9]*")) and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
+
+
+def _is_counted() -> bool:
+    return PREFECT_API_URL.value() is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -128,15 +127,19 @@ def may_pass(error: BaseException) -> bool:
 
 @contextmanager
 def few_retries(retries: int = 2, seconds: int = 20) -> Iterator[None]:
-    """MLflow says within seconds that its server is down; left to itself it tries for minutes."""
-    short = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries), "MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds)}
-    added = {key: value for key, value in short.items() if key not in os.environ}
-    os.environ.update(added)
+    """MLflow says within seconds that its server is down; left to itself it tries for minutes. What is set stays so."""
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
+
+    short = {MLFLOW_HTTP_REQUEST_MAX_RETRIES: retries, MLFLOW_HTTP_REQUEST_TIMEOUT: seconds}
+    changed = {variable: value for variable, value in short.items() if variable.get() == variable.default}
+    for variable, value in changed.items():
+        variable.set(value)
     try:
         yield
     finally:
-        for key in added:
-            del os.environ[key]
+        # Never unset: a thread that reads the whole environment meanwhile, as each request over HTTP does, would fail.
+        for variable in changed:
+            variable.set(variable.default)
 
 
 def _folder(uri: str) -> Resolved:

@@ -18,9 +18,12 @@ sys.path.insert(0, str(REPO / "tests" / "tasks"))  # toy_pipeline, shared with t
 @pytest.fixture(scope="session")
 def prefect_server() -> Iterator[None]:
     """A Prefect server of our own, with an empty database."""
+    from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, temporary_settings
     from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness(server_startup_timeout=120):
+    # Its database waits 60 s for a lock, and so does a client for the server, by default: who asks for a slot again
+    # because the answer was late waits for itself, on a server like this one, which takes back no slots.
+    with temporary_settings({PREFECT_API_REQUEST_TIMEOUT: 300}), prefect_test_harness(server_startup_timeout=120):
         yield
 
 

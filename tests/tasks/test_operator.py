@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import yaml
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from chatloom.errors import InputError
 from chatloom.progress import progress
 from tasks import progress as operator
 from tasks.progress import LINE, ProgressArtifact
 from tasks.report import compare, mlflow_ui, read_metrics
-from tasks.slots import LIGHT, uses_gpu
+from tasks.slots import LIGHT, ensure_slots, slot_of, uses_gpu
+from tasks.workspace import Reproduction
 from tests.conftest import ROOT
 
 
@@ -114,6 +116,16 @@ def test_a_stage_takes_the_slot_of_what_it_computes_on(
     for name in found:
         (devices / name).touch()
     assert uses_gpu(tmp_path, devices) is gpu
+
+
+def test_without_a_server_that_lasts_there_are_no_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefect's temporary server would be started to ask it for one."""
+    monkeypatch.setattr("tasks.slots.get_client", lambda **_: pytest.fail("it was asked"))
+    monkeypatch.setattr("tasks.slots.concurrency", lambda *_, **__: pytest.fail("it was asked"))
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        ensure_slots()
+        with slot_of("train_sft", Reproduction("one", ROOT, ROOT, "id"), print):
+            pass
 
 
 def test_stages_without_a_slot_are_stages() -> None:
