@@ -29,7 +29,7 @@ from chatloom.quantization.gptq import calibration_rows, quantize
 RUNS: dict[str, dict[str, Any]] = {
     "4 bits": {},
     "4 bits, act-order": {"act_order": True},
-    "4 bits, a quarter of the calibration rows": {"calibration_rows": 32},
+    "4 bits, symmetric": {"symmetric": True},
     "4 bits, groups of 32": {"group_size": 32},
     "3 bits": {"bits": 3},
     "8 bits": {"bits": 8},

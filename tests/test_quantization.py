@@ -140,13 +140,15 @@ def test_a_group_size_that_does_not_divide_is_refused_before_any_work(wide_check
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize(("bits", "act_order"), [(4, False), (3, True), (8, False)])
+@pytest.mark.parametrize(
+    ("bits", "act_order", "symmetric"), [(4, False, False), (4, False, True), (3, True, False), (8, False, False)]
+)
 def test_a_quantized_checkpoint_loads_everywhere(
-    wide_checkpoint: Path, tmp_path: Path, bits: int, act_order: bool
+    wide_checkpoint: Path, tmp_path: Path, bits: int, act_order: bool, symmetric: bool
 ) -> None:
     """In AutoGPTQ's layout: natively, by GPTQModel and by transformers it is one model, and close to the full one."""
     rows = [row(i, lang) for i in range(4) for lang in ("en", "zh")]
-    params = PARAMS.model_copy(update={"bits": bits, "act_order": act_order})
+    params = PARAMS.model_copy(update={"bits": bits, "act_order": act_order, "symmetric": symmetric})
     out = tmp_path / "out"
     out.mkdir()
     metrics = quantize(wide_checkpoint, out, calibration_rows(rows, params), params)
