@@ -30,12 +30,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "4 bits": {},
     "4 bits, act-order": {"act_order": True},
     "4 bits, symmetric": {"symmetric": True},
-    "4 bits, groups of 32": {"group_size": 32},
     "3 bits": {"bits": 3},
     "8 bits": {"bits": 8},
 }
 """By name: what each changes of the values that all have."""
-COMMON = {"calibration_rows": 128, "held_out_rows": 48, "worse_than_rounding": "warn"}
+COMMON = {"calibration_rows": 64, "held_out_rows": 32, "worse_than_rounding": "warn"}
 app = typer.Typer(add_completion=False)
 
 

@@ -62,7 +62,7 @@ function facts(model, lineage, copy) {
     const shown = make(hash ? "code" : "span", { title: hash ? value : null }, hash ? value.slice(0, SHORT) : value);
     made.append(make("dt", {}, say(name)), make("dd", {}, shown, extra, hash ? button : null));
   };
-  add("revision", lineage["git.revision"], lineage["git.dirty"] === "true" ? make("span", { class: "hint" }, ` ${say("uncommitted")}`) : null);
+  add("revision", lineage["git.revision"], lineage["git.dirty"] === "true" ? make("span", { class: "hint" }, say("uncommitted")) : null);
   add("weights", lineage["dvc.model"]);
   add("preset", lineage["chatloom.preset"]);
   add("base", described(json(lineage, "base_model.source")));
