@@ -516,7 +516,7 @@ class QuantizeParams(Section):
     """Weights that share a scale; must divide every quantized layer's input size."""
     act_order: bool
     symmetric: bool
-    """A grid as wide below 0 as above: what the fastest kernels of GPUs (Marlin) take; otherwise less is lost without."""
+    """A grid as wide below 0 as above: what the fastest kernels of GPUs (Marlin) take. Without, less is lost."""
     damp_percent: Fraction
     calibration_rows: Positive
     max_calibration_tokens: Positive
