@@ -40,6 +40,7 @@ def make_experiment(preset: str, root: Path, overrides: Sequence[str]) -> Reprod
     workspace = experiment_path(preset, root, overrides)
     workspace.mkdir(parents=True, exist_ok=True)
     _git(workspace, "init", "--quiet")
+    _sign(workspace)
     _git(workspace, "fetch", "--quiet", "--update-head-ok", str(root), "HEAD")
     _git(workspace, "reset", "--quiet", "FETCH_HEAD")
     _git(workspace, "checkout", "--quiet", "FETCH_HEAD", "--", ".dvc")
@@ -82,6 +83,13 @@ def _share_cache(root: Path, workspace: Path) -> None:
     with Config(str(workspace / ".dvc")).edit("local") as written:
         written.clear()
         written.update(settings)
+
+
+def _sign(workspace: Path) -> None:
+    """An experiment is a commit: of nobody in particular where the machine has no name for its user."""
+    for key, value in (("user.name", "chatloom"), ("user.email", "chatloom@localhost")):
+        if subprocess.run(["git", "config", key], cwd=workspace, capture_output=True, check=False).returncode:
+            _git(workspace, "config", key, value)
 
 
 def _git(folder: Path, *command: str) -> None:

@@ -261,6 +261,9 @@ def test_a_sweep_makes_experiments_and_compares_them(reproduced: Path) -> None:
         ["git", "status", "--short"], cwd=reproduced, capture_output=True, text=True, check=True
     ).stdout
     assert after == before, "the checkout is as it was"
+    # Experiments are made without a name; who applies one has to have told git theirs.
+    for key in ("user.name", "user.email"):
+        subprocess.run(["git", "config", key, "somebody"], cwd=reproduced, check=True)
     command = [sys.executable, "-m", "dvc", "exp", "apply", "one"]
     applied = subprocess.run(command, cwd=reproduced, check=False, capture_output=True, text=True)
     assert "metrics/register.json" in applied.stderr, "DVC misses what no experiment makes"
