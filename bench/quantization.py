@@ -28,10 +28,10 @@ from chatloom.quantization.gptq import calibration_rows, quantize
 
 RUNS: dict[str, dict[str, Any]] = {
     "4 bits": {},
-    "4 bits, act-order": {"act_order": True},
     "4 bits, symmetric": {"symmetric": True},
-    "3 bits": {"bits": 3},
     "8 bits": {"bits": 8},
+    "4 bits, act-order": {"act_order": True},
+    "3 bits": {"bits": 3},
 }
 """By name: what each changes of the values that all have."""
 COMMON = {"calibration_rows": 64, "held_out_rows": 32, "worse_than_rounding": "warn"}
@@ -66,9 +66,9 @@ def main(
             compared = compare(model, Path(folder), held_out, params, device).metrics
         found[name] = {"seconds": seconds, **metrics, **compared}
         typer.echo(table({name: found[name]}, params.languages))
-    if only is None:
-        write_json(out, {"machine": describe_machine().model_dump(), "runs": found})
-        pages.fill(pages.BENCHMARKS, {"quantization": table(found, common.languages)})
+        if only is None:  # after each, since the next ones take minutes
+            write_json(out, {"machine": describe_machine().model_dump(), "runs": found})
+            pages.fill(pages.BENCHMARKS, {"quantization": table(found, common.languages)})
 
 
 def table(runs: Mapping[str, Mapping[str, float]], languages: Sequence[str]) -> str:
