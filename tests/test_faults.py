@@ -23,6 +23,7 @@ import pytest
 from stages.run import stage
 from tasks.cache import is_whole, objects
 from tasks.processes import end_tree
+from tasks.workspace import DVC
 from tests.conftest import ROOT
 from tests.loopback import is_over, poll
 from tests.tasks.toy_pipeline import chain, make_checkout
@@ -67,7 +68,6 @@ Path("ready").touch()
 signal.pause()
 """
 SAVES_LONG = 'Path("gate").read_text()'
-DVC = [sys.executable, "-m", "dvc"]
 
 
 @pytest.fixture

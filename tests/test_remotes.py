@@ -17,6 +17,7 @@ import asyncssh
 import boto3
 import pytest
 
+from tasks.workspace import DVC
 from tests.conftest import ROOT
 from tests.loopback import copy_bytes
 from tests.object_store import object_store
@@ -24,7 +25,6 @@ from tests.tasks.toy_pipeline import GIT, chain, make_checkout
 
 pytestmark = pytest.mark.smoke
 
-DVC = (sys.executable, "-m", "dvc")
 BUCKET, KEY, SECRET = "chatloom", "key", "hush-4711"
 FILES = 6
 

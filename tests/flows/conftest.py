@@ -32,8 +32,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, reproduced once; to be copied."""
     from toy_pipeline import make_checkout, real_graph
 
+    from tasks.workspace import DVC
+
     root = make_checkout(tmp_path_factory.mktemp("finished") / "checkout", real_graph())
-    subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet"], cwd=root, check=True)
+    subprocess.run([*DVC, "repro", "--quiet"], cwd=root, check=True)
     return root
 
 

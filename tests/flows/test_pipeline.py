@@ -29,7 +29,7 @@ from flows.pipeline import evaluate_only, reproduce, walk_dag
 from flows.sweep import sweep
 from tasks.dvc import dependencies
 from tasks.slots import ensure_slots, slot_of
-from tasks.workspace import Reproduction
+from tasks.workspace import DVC, Reproduction
 from tests.loopback import is_over, poll
 
 REPO = Path(__file__).resolve().parents[2]
@@ -249,7 +249,7 @@ def test_a_sweep_makes_experiments_and_compares_them(reproduced: Path) -> None:
     assert not any(name.startswith("register/") for name in rows)
 
     show = subprocess.run(
-        [sys.executable, "-m", "dvc", "exp", "show", "--json"],
+        [*DVC, "exp", "show", "--json"],
         cwd=reproduced,
         capture_output=True,
         text=True,
@@ -264,7 +264,7 @@ def test_a_sweep_makes_experiments_and_compares_them(reproduced: Path) -> None:
     # Experiments are made without a name; who applies one has to have told git theirs.
     for key in ("user.name", "user.email"):
         subprocess.run(["git", "config", key, "somebody"], cwd=reproduced, check=True)
-    command = [sys.executable, "-m", "dvc", "exp", "apply", "one"]
+    command = [*DVC, "exp", "apply", "one"]
     applied = subprocess.run(command, cwd=reproduced, check=False, capture_output=True, text=True)
     assert "metrics/register.json" in applied.stderr, "DVC misses what no experiment makes"
     assert "metrics/evaluate.json" not in applied.stderr

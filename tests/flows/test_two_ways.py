@@ -6,7 +6,6 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import yaml
 
 from flows.pipeline import reproduce
+from tasks.workspace import DVC
 
 pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("prefect_server")]
 SEED = 26
@@ -56,7 +56,7 @@ EDITS: list[Callable[[Path, random.Random], str]] = [edit_code, edit_params, add
 
 
 def by_dvc(root: Path) -> dict[str, str]:
-    done = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run([*DVC, "repro"], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     stages = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
     ran = re.findall(r"^Running stage '(\w+)':$", done.stdout, re.MULTILINE)

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +17,9 @@ from chatloom.config import Parallel
 from chatloom.errors import InputError
 from chatloom.parallel import launch
 from tests.conftest import ROOT
-from tests.loopback import free_port, is_over
+from tests.loopback import free_port, is_over, poll
+
+PATIENCE_S = 240
 
 TWO = Parallel(strategy="ddp", num_processes=2, tensor_size=1, hostfile=None)
 
@@ -80,7 +81,7 @@ def test_a_group_is_left_until_its_last_process_is_gone() -> None:
     group.wait()
     assert launch.is_left(group.pid)
     os.kill(last, signal.SIGKILL)
-    wait_for(lambda: not launch.is_left(group.pid))
+    poll(lambda: not launch.is_left(group.pid), PATIENCE_S)
 
 
 def test_slurm_is_understood() -> None:
@@ -122,16 +123,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
             process.communicate()
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 240
-    while not condition():
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.05)
-
-
 def workers_in(folder: Path) -> list[int]:
     """The ids of both processes by rank, once they are connected."""
-    wait_for(lambda: len(list(folder.glob("*.pid"))) == 2)
+    poll(lambda: len(list(folder.glob("*.pid"))) == 2, PATIENCE_S)
     return [int(file.read_text()) for file in sorted(folder.glob("*.pid"))]
 
 
@@ -152,7 +146,7 @@ def test_processes_die_with_a_launcher_that_is_killed(start: Start, tmp_path: Pa
     workers = workers_in(tmp_path)
     launcher.kill()
     launcher.communicate(timeout=60)
-    wait_for(lambda: all(map(is_over, workers)))
+    poll(lambda: all(map(is_over, workers)), PATIENCE_S)
 
 
 @pytest.mark.smoke
@@ -171,7 +165,7 @@ def sum_and_fail(started: list[subprocess.Popen[str]], folder: Path) -> list[str
     """Both ranks add up their numbers, then the second one fails, and all that was started ends; what each said."""
     workers = workers_in(folder)
     os.kill(workers[1], signal.SIGUSR2)
-    wait_for((folder / "sum").is_file)
+    poll((folder / "sum").is_file, PATIENCE_S)
     assert float((folder / "sum").read_text()) == 1 + 2
     os.kill(workers[1], signal.SIGUSR1)
     errors = [process.communicate(timeout=120)[1] for process in started]

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from chatloom.config import load_params
 from chatloom.errors import InputError
 from chatloom.registry.hashes import dvc_md5
 from chatloom.registry.lineage import collect_lineage, lineage_tags, read_stages
+from tasks.workspace import DVC
 
 ROOT = Path(__file__).parents[2]
 LOCK: dict[str, Any] = {
@@ -126,7 +126,7 @@ def test_hashes_are_those_of_dvc(tmp_path: Path) -> None:
         (folder / name).write_bytes(text.encode())
     (tmp_path / ".dvcignore").write_text("__pycache__\n")
     for command in (["init", "--no-scm"], ["add", "folder"]):
-        subprocess.run([sys.executable, "-m", "dvc", *command, "-q"], cwd=tmp_path, check=True, capture_output=True)
+        subprocess.run([*DVC, *command, "-q"], cwd=tmp_path, check=True, capture_output=True)
     (out,) = yaml.safe_load((tmp_path / "folder.dvc").read_text())["outs"]
     assert dvc_md5(folder) == out["md5"]
     assert dvc_md5(folder / "b") == "d41d8cd98f00b204e9800998ecf8427e", "the MD5 of nothing (RFC 1321)"

@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 from chatloom.registry.graph import draw_lineage, page_of
 from chatloom.registry.hashes import dvc_md5
 from chatloom.registry.verify import Finding, _check_recorded, _check_sources, _repeat, summarize
+from tasks.workspace import DVC
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -43,7 +43,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     git(folder, "add", "-A")
     git(folder, "commit", "-qm", "x")
     for command in (["init", "--no-scm"], ["add", "models/m"]):
-        subprocess.run([sys.executable, "-m", "dvc", *command, "-q"], cwd=folder, check=True, capture_output=True)
+        subprocess.run([*DVC, *command, "-q"], cwd=folder, check=True, capture_output=True)
     return folder
 
 

@@ -25,7 +25,7 @@ from tasks.dvc import (
     upstream,
 )
 from tasks.processes import end_tree
-from tasks.workspace import Reproduction
+from tasks.workspace import DVC, Reproduction
 
 log = logging.getLogger("test")
 
@@ -135,9 +135,7 @@ def test_a_status_that_says_try_again_is_told_from_others(checkout: Path, reprod
 
 def test_a_stage_that_somebody_else_runs_is_worth_another_try(checkout: Path, reproduction: Reproduction) -> None:
     set_command(checkout, "one", f"touch {checkout}/ready && sleep 300; true")
-    other = subprocess.Popen(
-        [sys.executable, "-m", "dvc", "repro", "one"], cwd=checkout, env=reproduction.environment()
-    )
+    other = subprocess.Popen([*DVC, "repro", "one"], cwd=checkout, env=reproduction.environment())
     try:
         wait_for(checkout / "ready", other)
         with pytest.raises(StageUnavailable):

@@ -13,7 +13,7 @@ from toy_pipeline import GIT
 
 from chatloom.config import load_params
 from chatloom.errors import InputError
-from tasks.workspace import Reproduction, make_workspace, presets
+from tasks.workspace import DVC, Reproduction, make_workspace, presets
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -177,15 +177,14 @@ def test_what_is_pushed_here_is_pulled_in_another_clone(checkout: Path, tmp_path
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
-    dvc = (sys.executable, "-m", "dvc")
     assert reproduce(checkout).returncode == 0
-    run(checkout, *dvc, "push")
+    run(checkout, *DVC, "push")
     run(checkout, *GIT, "add", "dvc.lock")
     run(checkout, *GIT, "commit", "--quiet", "--message", "lock")
     run(tmp_path, *GIT, "clone", "--quiet", str(checkout), "clone")
     clone = tmp_path / "clone"
-    run(clone, *dvc, "remote", "modify", "--local", "local", "url", str(checkout / ".dvc" / "remote"))
-    run(clone, *dvc, "pull")
+    run(clone, *DVC, "remote", "modify", "--local", "local", "url", str(checkout / ".dvc" / "remote"))
+    run(clone, *DVC, "pull")
     assert (clone / "out" / "three.txt").read_text() == "input.txt\n"
     again = reproduce(clone)
     assert "Data and pipelines are up to date." in again.stdout
